@@ -1,0 +1,1 @@
+"""Locret: long-context inference in a fixed KV-cache budget."""
