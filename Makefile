@@ -1,0 +1,62 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both make .venv on first use; nothing is installed by hand.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The stamp's name carries a checksum of what decides the environment: a changed dependency makes a new one due.
+STAMP := $(VENV)/.locret-$(shell cat pyproject.toml constraints.txt | cksum | tr -s ' ' '-')
+
+.PHONY: help demo test check format gpu-test wheel wheel-test docs clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: $(STAMP)  ## the embedded model answers questions about a long document from a 20x smaller cache
+	@$(BIN)/locret demo
+
+test: $(STAMP)  ## all tests that need no GPU
+	@$(BIN)/python -m pytest -q
+
+check: $(STAMP)  ## format, lint, types, tests
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest -q
+
+format: $(STAMP)  ## let ruff rewrite the files
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+# A GPU machine's own torch fits its driver: where python3 already has what the tests need, that is what runs them.
+gpu-test:  ## tests that need a CUDA device, the embedded model included
+	@if $(PYTHON) -c 'import pytest, torch, transformers; assert torch.cuda.is_available()' 2>/dev/null; then \
+	  python=$(PYTHON); \
+	else $(MAKE) --no-print-directory $(STAMP); python=$(BIN)/python; fi; \
+	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} "$$python" -m pytest -q -m gpu -p no:cacheprovider
+
+# The wheel, in an empty environment outside the clone, must find its own embedded model.
+wheel-test: wheel  ## install the wheel into an empty environment elsewhere and run `locret doctor` there
+	@wheel=$$(ls $(CURDIR)/dist/locret-*.whl); constraints=$(CURDIR)/constraints.txt; \
+	dir=$$(mktemp -d); trap 'rm -rf "$$dir"' EXIT; cd "$$dir"; \
+	echo "set-up: an empty environment in $$dir"; \
+	$(abspath $(BIN))/python -m venv venv; \
+	venv/bin/pip install --quiet --disable-pip-version-check -c "$$constraints" "$$wheel"; \
+	env -u PYTHONPATH -u VIRTUAL_ENV venv/bin/locret doctor
+
+docs: $(STAMP)  ## rewrite docs/cli.md from --help
+	@$(BIN)/python docs/generate_cli.py
+
+clean:
+	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .mypy_cache
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"locret needs Python 3.11 or newer; {sys.executable} is {sys.version.split()[0]}. Try: make demo PYTHON=python3.12")'
+	@echo "set-up: installing locret and its dependencies into $(VENV) (once; a minute or two)"
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@rm -f $(VENV)/.locret-*; touch $@
+	@echo "set-up: done"
