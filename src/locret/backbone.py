@@ -1,0 +1,416 @@
+"""The seam to transformers: an unmodified causal language model whose attention is ours.
+
+Three public pieces of transformers carry it, and nothing else:
+
+1. `AttentionInterface.register("locret", fn)`: q, k, v of every layer reach one function, whatever the family did
+   before (fused projections, biases, q/k norms). The name is absent from the mask registry, so no mask is ever built.
+2. A keyword that transformers forwards untouched to that function: `model(..., use_cache=False, locret=ctx)`.
+   No `Cache` object to fake; full attention, label extraction and the budgeted cache are three `LayerContext`s.
+3. A neutral rotary module in the place of the model's own (cos = 1, sin = 0), so q and k arrive *before* RoPE. The real
+   one stays inside ours, and rotation is done by the family's own `apply_rotary_pos_emb` at positions that we choose.
+
+`probe` runs at every load: per layer it finds out whether the family rotates, keeps a window, or does something that
+we would get silently wrong, in which case the model is refused.
+
+Shapes: B batch, T chunk, Hq/Hkv query/KV heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from locret.errors import BackboneError, ConfigError, unknown
+
+ATTENTION_NAME = "locret"
+EMBEDDED = Path(__file__).parent / "models" / "embedded"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+# arguments that change what attention computes and that we do not carry
+_UNSUPPORTED_ARGUMENTS = ("s_aux", "head_mask", "position_bias")
+
+
+class AttentionCall(NamedTuple):
+    """What the family asks of one layer's attention besides q, k and v."""
+
+    scale: float
+    softcap: float | None
+    window: int | None
+
+
+class LayerContext(Protocol):
+    """One forward pass as the layers see it."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+        """q [B, Hq, T, D], k and v [B, Hkv, T, D], before RoPE; returns [B, Hq, T, D]."""
+        ...
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What `probe` found in one layer."""
+
+    rotated: bool  # False: a layer without positions (NoPE)
+    window: int | None  # sliding-window layers keep their window and take no budget
+    rope_type: str | None  # which of the family's rotary tables; None: it has one
+
+
+class Rope:
+    """Rotation tables, built once: the frequencies of LongRoPE or dynamic NTK do not depend on the chunking.
+
+    Args:
+        length: positions 0 .. length - 1 can be asked for; `rotate` grows the table when more are.
+        prompt_len: the length that families with length-dependent frequencies choose them by.
+    """
+
+    def __init__(self, backbone: Backbone, length: int, prompt_len: int) -> None:
+        self._layers = backbone.layers
+        self._apply = backbone.apply_rope
+        self._real = copy.deepcopy(backbone.rotary)  # "dynamic" modules remember the longest prompt they have seen
+        self._like = torch.zeros(1, 1, dtype=backbone.dtype, device=backbone.device)
+        self._prompt_len = prompt_len
+        self._tables: dict[str | None, tuple[Tensor, Tensor]] = {}
+        self.length = 0
+        self.grow(length)
+
+    def grow(self, length: int) -> None:
+        """Make positions up to `length` - 1 available."""
+        if length <= self.length:
+            return
+        self.length = max(length, min(2 * self.length, self.length + 65_536))
+        last = max(self._prompt_len - 1, 0)
+        positions = torch.cat((torch.arange(self.length), torch.tensor([last])))[None].to(self._like.device)
+        if self.length > self._prompt_len:  # choose by the prompt, then read the rest of the angles
+            _call_rotary(self._real, self._like, positions[:, -1:], self._types())
+            positions = positions[:, :-1]
+        for kind in self._types():
+            cos, sin = self._angles(positions, kind)
+            self._tables[kind] = (cos[0, : self.length], sin[0, : self.length])
+
+    def rotate(self, layer: int, x: Tensor, positions: Tensor) -> Tensor:
+        """RoPE by the family's own function. x [B, H, T, D]; positions [T], [B, T] or [B, H, T], int64."""
+        spec = self._layers[layer]
+        if not spec.rotated:
+            return x
+        cos, sin = (table.to(x.device)[positions] for table in self._tables[spec.rope_type])  # [..., T, rotary dim]
+        if positions.dim() == 1:
+            cos, sin = cos[None], sin[None]
+        if positions.dim() < 3:
+            return self._apply(x, x[:, :1], cos, sin)[0]  # the function wants a pair: give it the least
+        b, h, t, d = x.shape  # fold heads into the batch: each has its own angles
+        folded = x.reshape(b * h, 1, t, d)
+        return self._apply(folded, folded, cos.flatten(0, 1), sin.flatten(0, 1))[0].reshape(b, h, t, d)
+
+    def _types(self) -> list[str | None]:
+        return sorted({spec.rope_type for spec in self._layers}, key=str)
+
+    def _angles(self, positions: Tensor, kind: str | None) -> tuple[Tensor, Tensor]:
+        with _fixed_frequencies(self._real, by_prompt=self.length > self._prompt_len):
+            return self._real(self._like, positions, *(() if kind is None else (kind,)))
+
+
+class Backbone:
+    """A causal language model behind the seam.
+
+    Attributes:
+        model, tokenizer: the Hugging Face objects, unchanged.
+        num_layers, num_q_heads, num_kv_heads, head_dim, hidden_act: its dimensions, as the probe saw them.
+        layers: one `LayerSpec` a layer.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self._depth = 0
+        base: Any = model.base_model
+        rotary = getattr(base, "rotary_emb", None)
+        if not isinstance(rotary, nn.Module):
+            raise BackboneError(f"{type(model).__name__} has no rotary module at base_model.rotary_emb; "
+                                "locret runs decoder families that use RoPE that way")  # fmt: skip
+        self.rotary: nn.Module = rotary
+        found = probe(self)
+        self.layers = found.layers
+        self.apply_rope = found.apply_rope
+        self.num_layers = len(found.layers)
+        self.num_q_heads, self.num_kv_heads, self.head_dim = found.dims
+        self.hidden_act: str = getattr(model.config, "hidden_act", None) or model.config.hidden_activation
+
+    @classmethod
+    def load(
+        cls, name_or_path: str | Path | None = None, *, device: str = "auto", dtype: str = "auto"
+    ) -> Backbone:
+        """Load a model folder or hub id; no name: the small model that ships with locret.
+
+        Args:
+            device: "auto" (CUDA when there is one), "cpu", "cuda", "cuda:1".
+            dtype: "auto" (as stored; float32 on a CPU), "float32", "bfloat16", "float16".
+        Raises: BackboneError: it cannot be loaded, or cannot be run faithfully.
+        """
+        where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        if where.type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(f"device {device!r}: this torch ({torch.__version__}) sees no CUDA GPU; use --device cpu")
+        if dtype not in (*_DTYPES, "auto"):
+            raise unknown("dtype", dtype, [*_DTYPES, "auto"])
+        path = str(EMBEDDED if name_or_path is None else name_or_path)
+        wanted: Any = _DTYPES.get(dtype, torch.float32 if where.type == "cpu" else "auto")
+        try:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=wanted)
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise BackboneError(f"cannot load a model from {path!r}: {_first_line(error)}; give a folder with "
+                                "config.json, weights and tokenizer, or a hub id that this machine can reach") from error  # fmt: skip
+        except Exception as error:  # safetensors raises a class of its own for broken files
+            if type(error).__module__.startswith("safetensors"):
+                raise BackboneError(f"the weights in {path!r} are broken: {_first_line(error)}") from error
+            raise
+        return cls(model.to(where).eval(), tokenizer)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What heads are made for: they fit every model with the same fingerprint."""
+        return {
+            "architecture": type(self.model).__name__,
+            "num_layers": self.num_layers,
+            "num_q_heads": self.num_q_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "hidden_size": int(self.model.config.hidden_size),
+            "hidden_act": self.hidden_act,
+        }
+
+    def rope(self, length: int, prompt_len: int) -> Rope:
+        """Rotation tables for positions below `length`, frequencies chosen for a prompt of `prompt_len` tokens."""
+        return Rope(self, length, prompt_len)
+
+    def run(self, input_ids: Tensor, context: LayerContext, *, logits: int = 1) -> Tensor | None:
+        """One forward pass. input_ids [B, T]; returns the logits of the last `logits` tokens, [B, logits, V].
+
+        `logits=0` skips the output matrix and returns None.
+        """
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # read by the neutral rotary only
+        with self.seam():
+            if logits == 0:
+                self.model.base_model(input_ids=input_ids, position_ids=positions, use_cache=False, locret=context)
+                return None
+            return self.model(
+                input_ids=input_ids, position_ids=positions, use_cache=False, locret=context, logits_to_keep=logits
+            ).logits
+
+    @contextlib.contextmanager
+    def seam(self) -> Iterator[None]:
+        """Put our attention and the neutral rotary in place; on leaving, the model is what it was. Re-entrant."""
+        if self._depth:
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+            return
+        base: Any = self.model.base_model
+        before = self.model.config._attn_implementation
+        self.model.set_attn_implementation(ATTENTION_NAME)
+        base.rotary_emb = _NeutralRotary(self.rotary)
+        self._depth = 1
+        try:
+            yield
+        finally:
+            self._depth = 0
+            base.rotary_emb = self.rotary
+            self.model.set_attn_implementation(before)
+
+
+class _NeutralRotary(nn.Module):
+    """cos = 1, sin = 0: x * cos + turn(x) * sin is exactly x."""
+
+    def __init__(self, real: nn.Module) -> None:
+        super().__init__()
+        self.real = real
+        self._dims: dict[Any, int] = {}
+
+    def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        key = (args, tuple(kwargs.items()))
+        if key not in self._dims:
+            probe_at = torch.zeros(1, 1, dtype=torch.long, device=x.device)
+            self._dims[key] = copy.deepcopy(self.real)(x[:, :1], probe_at, *args, **kwargs)[0].shape[-1]
+        one = x.new_ones(1, 1, self._dims[key])
+        return one, torch.zeros_like(one)
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
+    softcap: float | None = None, locret: LayerContext | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """The function that transformers calls in every layer."""
+    if locret is None:
+        raise BackboneError("attention 'locret' was called without a context; run the model through locret, "
+                            "or set its attention implementation back")  # fmt: skip
+    assert attention_mask is None, "transformers builds no mask for this name"
+    if any(kwargs.get(name) is not None for name in _UNSUPPORTED_ARGUMENTS):
+        names = [name for name in _UNSUPPORTED_ARGUMENTS if kwargs.get(name) is not None]
+        raise BackboneError(f"{type(module).__name__} passes {', '.join(names)} to attention, which locret does not carry")
+    scale = module.scaling if scaling is None else scaling
+    call = AttentionCall(float(scale), softcap, sliding_window)  # type: ignore[arg-type]
+    if isinstance(locret, _Probe):
+        locret.modules[module.layer_idx] = module  # type: ignore[index]
+    out = locret.attend(module.layer_idx, query, key, value, call)  # type: ignore[arg-type]
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION_NAME, _attention)
+assert ATTENTION_NAME not in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys(), "a registered mask would be built"
+
+
+class _Probe:
+    """Attention stubbed to zero, so that layer inputs do not depend on positions and queries can be compared."""
+
+    def __init__(self) -> None:
+        self.q: dict[int, Tensor] = {}
+        self.k: dict[int, Tensor] = {}
+        self.calls: dict[int, AttentionCall] = {}
+        self.modules: dict[int, nn.Module] = {}
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+        if v.shape != k.shape or q.shape[-1] != k.shape[-1]:
+            raise BackboneError(f"layer {layer}: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} "
+                                "differ in head dim; locret stores one K and one V of the same size a unit")  # fmt: skip
+        self.q[layer], self.k[layer], self.calls[layer] = q, k, call
+        return torch.zeros_like(q)
+
+
+class _Found(NamedTuple):
+    layers: list[LayerSpec]
+    apply_rope: Callable[..., tuple[Tensor, Tensor]]
+    dims: tuple[int, int, int]
+
+
+@torch.no_grad()
+def probe(backbone: Backbone) -> _Found:
+    """Find out per layer how the family treats positions; refuse what we would get wrong.
+
+    Two five-token passes, one with the neutral and one with the real rotary module. A layer whose queries are the same
+    in both has no positions; one whose queries equal our own rotation is rotated; anything else is refused.
+    Raises: BackboneError naming the layer.
+    """
+    model, base = backbone.model, backbone.model.base_model
+    ids = torch.arange(4, 9, device=backbone.device)[None] % model.config.vocab_size
+    positions = torch.tensor([[0, 3, 7, 12, 29]], device=backbone.device)
+    neutral, real = _Probe(), _Probe()
+    with backbone.seam():
+        swapped = base.rotary_emb
+        for rotary, record in ((swapped, neutral), (backbone.rotary, real)):
+            base.rotary_emb = rotary
+            model(input_ids=ids, position_ids=positions, use_cache=False, locret=record)
+        base.rotary_emb = swapped
+    wanted = model.config.num_hidden_layers
+    if sorted(neutral.q) != list(range(wanted)):
+        raise BackboneError(f"{type(model).__name__}: {len(neutral.q)} of {wanted} layers use plain attention; "
+                            "locret needs all of them")  # fmt: skip
+    shapes = {(q.shape[1], neutral.k[i].shape[1], q.shape[3]) for i, q in neutral.q.items()}
+    if len(shapes) != 1:
+        raise BackboneError(f"layers differ in (query heads, KV heads, head dim): {sorted(shapes)}; locret needs one")
+    apply_rope = _family_apply_rope(neutral.modules[0])
+    layers = []
+    for i in range(wanted):
+        kind = _rope_type(backbone, i)
+        rotated = _is_rotated(backbone, i, neutral, real, apply_rope, positions, kind)
+        layers.append(LayerSpec(rotated, _window(backbone, neutral.modules[i], neutral.calls[i], i), kind))
+    return _Found(layers, apply_rope, shapes.pop())
+
+
+def _family_apply_rope(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
+    source = sys.modules[type(module).__module__]
+    apply_rope = getattr(source, "apply_rotary_pos_emb", None)
+    if apply_rope is None:
+        raise BackboneError(f"{type(module).__name__}: no apply_rotary_pos_emb in {source.__name__}")
+    return apply_rope
+
+
+def _is_rotated(
+    backbone: Backbone, i: int, neutral: _Probe, real: _Probe, apply_rope: Callable[..., tuple[Tensor, Tensor]],
+    positions: Tensor, kind: str | None,
+) -> bool:  # fmt: skip
+    if torch.equal(neutral.q[i], real.q[i]) and torch.equal(neutral.k[i], real.k[i]):
+        return False
+    like = torch.zeros(1, 1, dtype=backbone.dtype, device=backbone.device)
+    cos, sin = backbone.rotary(like, positions, *(() if kind is None else (kind,)))
+    ours = apply_rope(neutral.q[i], neutral.k[i], cos, sin)
+    tolerance = 2e-2 if backbone.dtype in (torch.bfloat16, torch.float16) else 1e-3
+    for mine, theirs in zip(ours, (real.q[i], real.k[i]), strict=True):
+        if (mine - theirs).abs().max() > tolerance * theirs.abs().max():
+            raise BackboneError(f"layer {i} of {type(backbone.model).__name__} rotates in a way that is not its "
+                                "apply_rotary_pos_emb on whole heads; this family needs an adapter")  # fmt: skip
+    return True
+
+
+def _window(backbone: Backbone, module: nn.Module, call: AttentionCall, i: int) -> int | None:
+    if getattr(module, "is_causal", True) is False:
+        raise BackboneError(f"layer {i} is not causal; locret runs causal decoders")
+    types = getattr(backbone.model.config, "layer_types", None)
+    if types:
+        if types[i] not in _LAYER_TYPES:
+            raise BackboneError(f"layer {i} is of type {types[i]!r}; locret knows {', '.join(sorted(_LAYER_TYPES))}")
+        if types[i] == "sliding_attention" and call.window is None:
+            raise BackboneError(f"layer {i} is a sliding-window layer but names no window to attention")
+    if call.window is not None and call.window >= model_length(backbone.model):
+        return None  # Phi-3-128K names a window of 262,144: it never bites, so the layer takes a budget
+    return call.window
+
+
+def model_length(model: PreTrainedModel) -> int:
+    """The longest input the model was trained for, in tokens."""
+    return int(getattr(model.config, "max_position_embeddings", 0) or sys.maxsize)
+
+
+def _rope_type(backbone: Backbone, i: int) -> str | None:
+    """Families with one rotary table a layer type (Gemma-3) take the type as a third argument."""
+    if "layer_type" not in inspect.signature(backbone.rotary.forward).parameters:
+        return None
+    return backbone.model.config.layer_types[i]
+
+
+def _call_rotary(real: nn.Module, like: Tensor, positions: Tensor, kinds: list[str | None]) -> None:
+    for kind in kinds:
+        real(like, positions, *(() if kind is None else (kind,)))
+
+
+@contextlib.contextmanager
+def _fixed_frequencies(real: nn.Module, *, by_prompt: bool) -> Iterator[None]:
+    """Read angles without letting the module choose new frequencies from the positions it is shown.
+
+    transformers wraps the forward of "dynamic" and "longrope" modules in a decorator that does; the function inside
+    is reachable through functools.wraps.
+    """
+    wrapped = inspect.unwrap(type(real).forward)
+    if not by_prompt or wrapped is type(real).forward:
+        yield
+        return
+    real.forward = lambda *args, **kwargs: wrapped(real, *args, **kwargs)
+    try:
+        yield
+    finally:
+        del real.forward
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,195 @@
+"""Options, checked once when they are made. Defaults come from the paper where it has one (arXiv:2410.01805, Table 4)."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+from locret.errors import ConfigError, unknown
+
+T = TypeVar("T")
+POSITIONS = ("compact", "original")
+_BYTE_UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """What may stay in the KV cache, as the user writes it.
+
+    Attributes:
+        budget: units kept per layer and KV head (`6000`), bytes of the whole cache (`"2GiB"`), or a share of the
+            prompt (`"5%"`). Sinks, stabilizers, the local window and decoded tokens all count inside it.
+        chunk_size: prompt tokens per prefill step; default: the budget, at most 3072 (the paper's), at least 256.
+        num_sinks: first units, pinned. The paper pins none.
+        num_stabilizers: newest units, pinned while prefill goes on; default: a quarter of the budget, at most 2500.
+        local_window: last prompt tokens, prefilled after the loop and not evicted; default 100, less for tiny budgets.
+        positions: "compact" re-numbers kept units 0, 1, 2 ... (the released Locret code, and what lets inputs exceed the
+            trained window); "original" leaves every unit at the position it was read at.
+        decode_interval: decode steps between two evictions once the budget is full; default an eighth of the budget,
+            at most 128. The cache is compacted to budget - decode_interval units, so it never exceeds the budget.
+    """
+
+    budget: int | str = 16384
+    chunk_size: int | None = None
+    num_sinks: int = 4
+    num_stabilizers: int | None = None
+    local_window: int | None = None
+    positions: str = "compact"
+    decode_interval: int | None = None
+
+    def __post_init__(self) -> None:
+        parse_budget(self.budget)
+        if self.positions not in POSITIONS:
+            raise unknown("positions", str(self.positions), POSITIONS)
+        for name, low in (("chunk_size", 1), ("num_sinks", 0), ("num_stabilizers", 0), ("local_window", 0),
+                          ("decode_interval", 1)):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
+                raise ConfigError(f"{name} is {value!r}; it must be a whole number >= {low}")
+
+    @classmethod
+    def from_dict(cls, options: dict[str, Any]) -> CacheConfig:
+        """Strict: an unknown key is an error that names the nearest."""
+        return strict(cls, options)
+
+    def resolve(self, *, prompt_len: int | None, unit_bytes: int, fixed_bytes: int = 0, num_protected: int = 0) -> CachePlan:
+        """Fill in what depends on the prompt and the model.
+
+        Args:
+            prompt_len: tokens; None when the input has no known end (then a share cannot be a budget).
+            unit_bytes: bytes that one unit in every budgeted layer and KV head takes, metadata included.
+            fixed_bytes: bytes of layers that take no budget (sliding windows).
+            num_protected: units that the caller marked as protected.
+        Raises: ConfigError: the budget cannot hold what is pinned; the message names the numbers.
+        """
+        budget = _units(parse_budget(self.budget), self.budget, prompt_len, unit_bytes, fixed_bytes)
+        stabilizers = min(2500, budget // 4) if self.num_stabilizers is None else self.num_stabilizers
+        local = min(100, budget // 4) if self.local_window is None else self.local_window
+        interval = max(1, min(128, budget // 8)) if self.decode_interval is None else self.decode_interval
+        chunk = min(3072, max(256, budget)) if self.chunk_size is None else self.chunk_size
+        newest = max(stabilizers, local)
+        pinned = self.num_sinks + num_protected + newest
+        if pinned + min(interval, budget) > budget:
+            protected = f" + protected {num_protected}" if num_protected else ""
+            raise ConfigError(
+                f"budget {budget} cannot hold its pinned units: num_sinks {self.num_sinks}{protected} + "
+                f"max(num_stabilizers {stabilizers}, local_window {local}) + decode_interval {interval} = "
+                f"{pinned + interval}; raise the budget to at least {pinned + interval} or lower one of them"
+            )
+        return CachePlan(budget, chunk, self.num_sinks, stabilizers, local, self.positions, interval)
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """`CacheConfig` with every number known; `budget` None means nothing is ever evicted."""
+
+    budget: int | None
+    chunk_size: int
+    num_sinks: int
+    num_stabilizers: int
+    local_window: int
+    positions: str
+    decode_interval: int
+
+    @property
+    def decode_target(self) -> int | None:
+        """Units left by an eviction during decoding."""
+        return None if self.budget is None else self.budget - self.decode_interval + 1
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen and when to stop. Defaults: greedy, 256 tokens.
+
+    Attributes:
+        max_new_tokens: tokens at most.
+        temperature: 0 is greedy; otherwise logits are divided by it.
+        top_k, top_p, min_p: keep the k likeliest tokens, the smallest set with probability p, tokens with at least
+            min_p times the likeliest one's probability. 0, 1.0 and 0.0 switch them off.
+        repetition_penalty: above 1 makes tokens of the prompt and the answer less likely (CTRL, arXiv:1909.05858).
+        seed: of the random numbers; None draws a new one each time.
+        stop: strings that end the answer and are not part of it.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        _check("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, ">= 1")
+        _check("temperature", self.temperature, 0 <= self.temperature < math.inf, ">= 0")
+        _check("top_k", self.top_k, self.top_k >= 0, ">= 0")
+        _check("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
+        _check("min_p", self.min_p, 0 <= self.min_p < 1, "in [0, 1)")
+        _check("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "> 0")
+        if any(not text for text in self.stop):
+            raise ConfigError("an empty stop string would end every answer at once; remove it")
+
+    @classmethod
+    def from_dict(cls, options: dict[str, Any]) -> Sampling:
+        """Strict: an unknown key is an error that names the nearest."""
+        return strict(cls, options)
+
+
+def strict(cls: type[T], options: dict[str, Any]) -> T:
+    """Make a dataclass from a dict; unknown keys are errors, because a typo would run another experiment."""
+    names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    for key in options:
+        if key not in names:
+            raise unknown("option", key, names)
+    return cls(**options)
+
+
+def parse_budget(budget: int | str) -> tuple[float, str]:
+    """A budget as (number, kind), kind one of "units", "bytes", "share".
+
+    >>> parse_budget(6000), parse_budget("2GiB"), parse_budget("5%")
+    ((6000, 'units'), (2147483648.0, 'bytes'), (0.05, 'share'))
+    """
+    if isinstance(budget, int) and not isinstance(budget, bool):
+        number: tuple[float, str] = (budget, "units")
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z%]*)\s*", str(budget))
+        unit = match[2].upper() if match else ""
+        if match and unit == "%":
+            number = (float(match[1]) / 100, "share")
+        elif match and unit in _BYTE_UNITS:
+            number = (float(match[1]) * _BYTE_UNITS[unit], "bytes")
+        elif match and unit == "" and "." not in match[1]:
+            number = (int(match[1]), "units")
+        else:
+            raise ConfigError(f'budget {budget!r} is not understood; write units ("6000"), bytes ("2GiB", "500MB") '
+                              'or a share of the prompt ("5%")')  # fmt: skip
+    if number[0] <= 0:
+        raise ConfigError(f"budget {budget!r} keeps nothing; it must be positive")
+    return number
+
+
+def _units(parsed: tuple[float, str], text: int | str, prompt_len: int | None, unit_bytes: int, fixed_bytes: int) -> int:
+    number, kind = parsed
+    if kind == "units":
+        return int(number)
+    if kind == "share":
+        if prompt_len is None:
+            raise ConfigError(f"budget {text!r} is a share of a prompt whose length is not known yet; give units or bytes")
+        return max(1, math.ceil(number * prompt_len - 1e-9))
+    units = int(number - fixed_bytes) // unit_bytes
+    if units < 1:
+        raise ConfigError(f"budget {text!r} is less than one unit: sliding-window layers take {fixed_bytes} bytes and a "
+                          f"unit {unit_bytes} bytes over all layers and KV heads; raise it")  # fmt: skip
+    return units
+
+
+def _check(name: str, value: float, good: bool, allowed: str) -> None:
+    if not good:
+        raise ConfigError(f"{name} is {value}; it must be {allowed}")

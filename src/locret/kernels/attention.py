@@ -1,0 +1,124 @@
+"""Attention of a chunk over (everything cached before it, all visible) + (itself, causally), without a mask.
+
+The last T of the S keys are the chunk's own, so query t sees keys 0 .. S-T+t ("lower-right" causality).
+No [T, S] mask and no score matrix is built:
+
+* CUDA, bf16/fp16: one FlashAttention-2 call; it is lower-right causal, takes fewer KV heads and a window as they are.
+* elsewhere: two fused calls, prefix (all visible) and chunk (square causal), merged by their log-sum-exps:
+      w = sigmoid(lse_b - lse_a);  out = lerp(out_a, out_b, w)
+* softcap or a window where no fused kernel takes it: plain matmuls over blocks of query rows, so that the largest
+  temporary is [rows, keys visible to those rows].
+
+Shapes: B batch, T chunk, S keys, Hq/Hkv heads, G = Hq // Hkv, D head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_ROWS = 256  # query rows per block of the blocked path
+
+
+def prefix_causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None = None, window: int | None = None
+) -> Tensor:
+    """Attention of T queries over S keys, the last T of which are the queries' own.
+
+    Args:
+        q: rotated queries, [B, Hq, T, D].
+        k, v: rotated keys and values, [B, Hkv, S, D], S >= T.
+        scale: factor on the logits.
+        softcap: logits become softcap * tanh(logits / softcap).
+        window: query t sees only its own and the window - 1 keys before it.
+
+    Returns: [B, Hq, T, D] in q's dtype.
+    """
+    if window is not None and window >= k.shape[2]:
+        window = None
+    if softcap is None and _flash_takes(q):
+        return _flash(q, k, v, scale, window)
+    if softcap is not None or window is not None:
+        return _blocked(q, k, v, scale, softcap, window)
+    return _two_parts(q, k, v, scale)
+
+
+def reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None = None, window: int | None = None
+) -> Tensor:
+    """The meaning, in float64 with a full mask: what every path above must equal."""
+    q, k, v = q.double(), k.double(), v.double()
+    groups, t, s = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
+    logits = q @ k.repeat_interleave(groups, 1).mT * scale  # [B, Hq, T, S]
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    distance = torch.arange(s - t, s, device=q.device)[:, None] - torch.arange(s, device=q.device)
+    seen = distance >= 0
+    if window is not None:
+        seen &= distance < window
+    return logits.masked_fill(~seen, float("-inf")).softmax(-1) @ v.repeat_interleave(groups, 1)
+
+
+def _flash_takes(q: Tensor) -> bool:
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256 and q.shape[-1] % 8 == 0
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, T, H, D]; the kernel reads any strides
+    left = -1 if window is None else window - 1
+    out = torch.ops.aten._flash_attention_forward(
+        q, k, v, None, None, q.shape[1], k.shape[1], 0.0, q.shape[1] > 1 or window is not None, False,
+        scale=scale, window_size_left=left, window_size_right=-1 if window is None else 0,
+    )[0]  # fmt: skip
+    return out.transpose(1, 2)
+
+
+def _two_parts(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    t, prefix = q.shape[2], k.shape[2] - q.shape[2]
+    if t == 1:
+        return _part(q, k, v, scale, causal=False)[0]
+    own, own_lse = _part(q, k[:, :, prefix:], v[:, :, prefix:], scale, causal=True)
+    if prefix == 0:
+        return own
+    old, old_lse = _part(q, k[:, :, :prefix], v[:, :, :prefix], scale, causal=False)
+    weight = torch.sigmoid(own_lse - old_lse)[..., None].to(q.dtype)
+    return torch.lerp(old, own, weight)
+
+
+def _part(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
+    """One fused call: [B, Hq, T, D] and the log-sum-exp of its logits, [B, Hq, T]."""
+    if q.is_cuda:  # fp32 and odd head dims; small cases only, so expanding KV costs little
+        groups, t = q.shape[1] // k.shape[1], q.shape[2]
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            q, k, v, None, True, 0.0, causal, scale=scale
+        )
+        return out, lse[..., :t]  # the kernel pads its rows to a multiple of 32
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+    return out, lse
+
+
+def _blocked(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, window: int | None) -> Tensor:
+    b, hq, t, d = q.shape
+    hkv, s = k.shape[1], k.shape[2]
+    out = torch.empty_like(q)
+    for start in range(0, t, _ROWS):
+        stop = min(start + _ROWS, t)
+        first = s - t + start  # the key of the block's first query
+        low = 0 if window is None else max(0, first - window + 1)
+        high = s - t + stop
+        rows = q[:, :, start:stop].reshape(b, hkv, hq // hkv, stop - start, d)
+        logits = (rows @ k[:, :, None, low:high].mT).mul_(scale)  # [B, Hkv, G, rows, keys]
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        distance = torch.arange(first, high, device=q.device)[:, None] - torch.arange(low, high, device=q.device)
+        hidden = distance < 0
+        if window is not None:
+            hidden |= distance >= window
+        weights = logits.masked_fill_(hidden, float("-inf")).softmax(-1, dtype=_softmax_dtype(q)).to(q.dtype)
+        out[:, :, start:stop] = (weights @ v[:, :, None, low:high]).reshape(b, hq, stop - start, d)
+    return out
+
+
+def _softmax_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
