@@ -148,9 +148,7 @@ class Backbone:
         self.hidden_act: str = getattr(model.config, "hidden_act", None) or model.config.hidden_activation
 
     @classmethod
-    def load(
-        cls, name_or_path: str | Path | None = None, *, device: str = "auto", dtype: str = "auto"
-    ) -> Backbone:
+    def load(cls, name_or_path: str | Path | None = None, *, device: str = "auto", dtype: str = "auto") -> Backbone:
         """Load a model folder or hub id; no name: the small model that ships with locret.
 
         Args:
@@ -169,8 +167,10 @@ class Backbone:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=wanted)
             tokenizer = AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise BackboneError(f"cannot load a model from {path!r}: {_first_line(error)}; give a folder with "
-                                "config.json, weights and tokenizer, or a hub id that this machine can reach") from error  # fmt: skip
+            raise BackboneError(
+                f"cannot load a model from {path!r}: {_first_line(error)}; give a folder with config.json, weights and "
+                "tokenizer, or a hub id that this machine can reach"
+            ) from error
         except Exception as error:  # safetensors raises a class of its own for broken files
             if type(error).__module__.startswith("safetensors"):
                 raise BackboneError(f"the weights in {path!r} are broken: {_first_line(error)}") from error
@@ -267,7 +267,7 @@ def _attention(
     assert attention_mask is None, "transformers builds no mask for this name"
     if any(kwargs.get(name) is not None for name in _UNSUPPORTED_ARGUMENTS):
         names = [name for name in _UNSUPPORTED_ARGUMENTS if kwargs.get(name) is not None]
-        raise BackboneError(f"{type(module).__name__} passes {', '.join(names)} to attention, which locret does not carry")
+        raise BackboneError(f"{type(module).__name__} passes {', '.join(names)} to attention; locret carries none")
     scale = module.scaling if scaling is None else scaling
     call = AttentionCall(float(scale), softcap, sliding_window)  # type: ignore[arg-type]
     if isinstance(locret, _Probe):
@@ -291,7 +291,7 @@ class _Probe:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
         if v.shape != k.shape or q.shape[-1] != k.shape[-1]:
-            raise BackboneError(f"layer {layer}: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} "
+            raise BackboneError(f"layer {layer}: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} "
                                 "differ in head dim; locret stores one K and one V of the same size a unit")  # fmt: skip
         self.q[layer], self.k[layer], self.calls[layer] = q, k, call
         return torch.zeros_like(q)

@@ -1,4 +1,4 @@
-"""Options, checked once when they are made. Defaults come from the paper where it has one (arXiv:2410.01805, Table 4)."""
+"""Options, checked once when they are made. Defaults are the paper's where it has one (arXiv:2410.01805, Table 4)."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class CacheConfig:
         num_sinks: first units, pinned. The paper pins none.
         num_stabilizers: newest units, pinned while prefill goes on; default: a quarter of the budget, at most 2500.
         local_window: last prompt tokens, prefilled after the loop and not evicted; default 100, less for tiny budgets.
-        positions: "compact" re-numbers kept units 0, 1, 2 ... (the released Locret code, and what lets inputs exceed the
-            trained window); "original" leaves every unit at the position it was read at.
+        positions: "compact" re-numbers kept units 0, 1, 2 ... (the released Locret code, and what lets inputs exceed
+            the trained window); "original" leaves every unit at the position it was read at.
         decode_interval: decode steps between two evictions once the budget is full; default an eighth of the budget,
             at most 128. The cache is compacted to budget - decode_interval units, so it never exceeds the budget.
     """
@@ -54,7 +54,9 @@ class CacheConfig:
         """Strict: an unknown key is an error that names the nearest."""
         return strict(cls, options)
 
-    def resolve(self, *, prompt_len: int | None, unit_bytes: int, fixed_bytes: int = 0, num_protected: int = 0) -> CachePlan:
+    def resolve(
+        self, *, prompt_len: int | None, unit_bytes: int, fixed_bytes: int = 0, num_protected: int = 0
+    ) -> CachePlan:
         """Fill in what depends on the prompt and the model.
 
         Args:
@@ -175,17 +177,19 @@ def parse_budget(budget: int | str) -> tuple[float, str]:
     return number
 
 
-def _units(parsed: tuple[float, str], text: int | str, prompt_len: int | None, unit_bytes: int, fixed_bytes: int) -> int:
+def _units(
+    parsed: tuple[float, str], text: int | str, prompt_len: int | None, unit_bytes: int, fixed_bytes: int
+) -> int:
     number, kind = parsed
     if kind == "units":
         return int(number)
     if kind == "share":
         if prompt_len is None:
-            raise ConfigError(f"budget {text!r} is a share of a prompt whose length is not known yet; give units or bytes")
+            raise ConfigError(f"budget {text!r} is a share of a prompt of unknown length; give units or bytes")
         return max(1, math.ceil(number * prompt_len - 1e-9))
     units = int(number - fixed_bytes) // unit_bytes
     if units < 1:
-        raise ConfigError(f"budget {text!r} is less than one unit: sliding-window layers take {fixed_bytes} bytes and a "
+        raise ConfigError(f"budget {text!r} is less than one unit: sliding-window layers take {fixed_bytes} bytes, a "
                           f"unit {unit_bytes} bytes over all layers and KV heads; raise it")  # fmt: skip
     return units
 
