@@ -1,1 +1,71 @@
-"""Locret: long-context inference in a fixed KV-cache budget."""
+"""Locret: long-context inference in a fixed KV-cache budget.
+
+    import locret
+    llm = locret.load(budget=1024)                 # no model: the embedded one
+    context = llm.compress(open("report.txt").read())
+    print(context.ask("Who signed the report?").text)
+
+Only names listed in `__all__` are public. Those that need torch are imported when first used, so that
+`import locret` and `locret --help` answer at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from locret.errors import (
+    BackboneError,
+    ConfigError,
+    ContextError,
+    DataError,
+    HeadsError,
+    LocretError,
+    NumericsError,
+)
+
+if TYPE_CHECKING:
+    from locret.config import Sampling
+    from locret.engine import LLM, Context, Output, Stats, attach, load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LLM",
+    "BackboneError",
+    "ConfigError",
+    "Context",
+    "ContextError",
+    "DataError",
+    "HeadsError",
+    "LocretError",
+    "NumericsError",
+    "Output",
+    "Sampling",
+    "Stats",
+    "__version__",
+    "attach",
+    "load",
+]
+
+_LAZY = {
+    "LLM": "locret.engine",
+    "Context": "locret.engine",
+    "Output": "locret.engine",
+    "Stats": "locret.engine",
+    "attach": "locret.engine",
+    "load": "locret.engine",
+    "Sampling": "locret.config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'locret' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value  # the next look-up does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,102 @@
+"""The command line: `locret VERB`. One file per group of verbs; this one joins them and turns errors into exits.
+
+Exit codes: 0 done · 1 something is broken (a failed check, a bug) · 2 the command or its input was wrong · 130 Ctrl-C.
+With --json stdout holds one JSON value and nothing else, also for an error: {"error": {"type", "message"}}.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from locret import __version__
+from locret.cli import answer, chat, contexts, demo, doctor, inspect, methods, train
+from locret.cli.output import emit, json_only, note
+from locret.errors import LocretError
+
+app = typer.Typer(
+    name="locret",
+    help="Long-context inference in a fixed KV-cache budget.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("demo")(demo.demo)
+app.command("generate")(answer.generate)
+app.command("chat")(chat.chat)
+app.command("compress")(contexts.compress)
+app.command("ask")(answer.ask)
+app.command("train")(train.train)
+app.command("inspect")(inspect.inspect)
+app.command("methods")(methods.methods)
+app.command("doctor")(doctor.doctor)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"locret {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Flags before the verb."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. This is the entry point `locret`."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character still shows the rest
+    if "--json" not in arguments:
+        return _run(arguments, as_json=False)
+    with json_only():
+        return _run(arguments, as_json=True)
+
+
+def _run(arguments: list[str], *, as_json: bool) -> int:
+    debug = "--debug" in arguments
+    try:
+        code: Any = app(arguments, prog_name="locret", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except LocretError as error:
+        if debug:
+            raise
+        return _fail(type(error).__name__, str(error), 2, as_json=as_json)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # click's usage errors: unknown options, missing values
+            error.show()  # type: ignore[attr-defined]
+            if as_json:
+                emit({"error": {"type": "UsageError", "message": error.format_message()}})
+            return 2
+        if type(error).__name__ == "OutOfMemoryError" and not debug:  # torch's; not imported for its name
+            advice = "out of GPU memory; lower --chunk-size or --budget, or choose a smaller --dtype"
+            return _fail("OutOfMemoryError", f"{advice} ({str(error).splitlines()[0]})", 2, as_json=as_json)
+        if as_json:
+            emit({"error": {"type": type(error).__name__, "message": str(error)}})
+        raise  # a bug: its traceback belongs in the report
+    if code == 130:
+        note("interrupted")
+        if as_json:
+            emit({"error": {"type": "KeyboardInterrupt", "message": "interrupted"}})
+    return code if isinstance(code, int) else 0
+
+
+def _fail(kind: str, message: str, code: int, *, as_json: bool) -> int:
+    note(f"error: {message}")
+    if as_json:
+        emit({"error": {"type": kind, "message": message}})
+    return code
+
+
+__all__ = ["app", "main"]

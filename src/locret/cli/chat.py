@@ -1,0 +1,92 @@
+"""`locret chat`: a conversation without end in a KV cache that stays within the budget."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from locret.cli.options import ContextOption, FileOption, ModelOptions, OutputOptions, SamplingOptions, with_options
+from locret.cli.output import emit, note, say, say_stream
+from locret.cli.session import as_json, note_stats, open_context, open_llm
+from locret.errors import LocretError
+
+if TYPE_CHECKING:
+    from locret.engine import LLM, Context, Output
+
+_HELP = "/exit ends, /reset forgets the conversation, /stats shows the cache, /save FILE keeps it for --context"
+
+
+@with_options
+def chat(
+    model: ModelOptions,
+    sampling: SamplingOptions,
+    output: OutputOptions,
+    file: FileOption = None,
+    context: ContextOption = None,
+) -> None:
+    """Talk with the model; every turn stays in the same budget.
+
+    /exit /reset /stats /save FILE. With --json: one message per line of stdin, one JSON object per line of stdout.
+    """
+    llm = open_llm(model)
+    start = _start(llm, file, context)
+    current = start.fork()
+    last: Output | None = None
+    if not output.json:
+        note(_HELP)
+    while (line := _read(prompt=not output.json)) is not None:
+        message = line.strip()
+        try:
+            if message == "/exit":
+                break
+            if message == "/reset":
+                current, last = start.fork(), None
+                note("the conversation is forgotten")
+            elif message == "/stats":
+                note_stats(last) if last else note("nothing was said yet")
+            elif message.split(" ")[0] == "/save":
+                _save(current, message[5:].strip())
+            elif message.startswith("/"):
+                note(f"unknown command {message.split()[0]!r}; {_HELP}")
+            elif message:
+                last = _turn(current, message, sampling, output)
+        except LocretError as error:  # a bad turn does not end the conversation
+            note(f"error: {error}")
+            if output.json:
+                emit({"error": {"type": type(error).__name__, "message": str(error)}}, line=True)
+
+
+def _turn(context: Context, message: str, sampling: SamplingOptions, output: OutputOptions) -> Output:
+    if output.json:
+        result = context.chat(message, **sampling.given())
+        emit(as_json(result), line=True)
+        return result
+    stream = context.chat_stream(message, **sampling.given())
+    say_stream(stream)
+    return stream.output
+
+
+def _start(llm: LLM, file: Path | None, context: Path | None) -> Context:
+    if file is None and context is None:
+        return llm.start()
+    return open_context(llm, file=file, context=context)
+
+
+def _save(context: Context, name: str) -> None:
+    if not name:
+        note("say where: /save talk.ctx")
+        return
+    context.save(Path(name))
+    note(f"saved; continue with: locret chat --context {name}")
+
+
+def _read(*, prompt: bool) -> str | None:
+    """The next line; None at the end of input."""
+    if prompt and sys.stdin.isatty():
+        try:
+            return input("> ")
+        except EOFError:
+            say("")
+            return None
+    return sys.stdin.readline() or None
