@@ -89,6 +89,12 @@ class LayerCache:
         """The units in use: a view."""
         return self.slab[slice(0, self.held)]
 
+    def restore(self, *tensors: Tensor, evicted: bool) -> None:
+        """Fill an empty slab with saved units."""
+        units = Units(*(tensor.to(self.slab.k.device) for tensor in tensors))
+        self.slab.write(0, units)
+        self.held, self.evicted = len(units), evicted
+
     def append(self, new: Units, workspace: Units | None) -> Units:
         """Put a chunk behind the held units; returns all of them. They stay where they are until `keep` or `settle`."""
         total = self.held + len(new)

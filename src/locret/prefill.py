@@ -58,23 +58,35 @@ class Reader:
         windows = [layer.window for layer in backbone.layers]
         each = unit_bytes(backbone.head_dim, backbone.dtype) * backbone.num_kv_heads
         fixed = sum((w - 1) * each for w in windows if w is not None)
-        budgeted = sum(w is None for w in windows)
-        plan = config.resolve(prompt_len=prompt_len, unit_bytes=max(1, budgeted) * each, fixed_bytes=fixed,
+        plan = config.resolve(prompt_len=prompt_len, unit_bytes=max(1, windows.count(None)) * each, fixed_bytes=fixed,
                               num_protected=num_protected)  # fmt: skip
         if not method.evicts:
             plan = CachePlan(None, plan.chunk_size, 0, 0, 0, plan.positions, plan.decode_interval)
         total = None if prompt_len is None or new_tokens is None else prompt_len + new_tokens
-        if plan.budget is None:
-            capacity, initial = None, total or prompt_len or 0
-        else:
-            capacity, initial = min(plan.budget, total or plan.budget), 0
+        return cls._allocate(backbone, method, plan, batch, prompt_len, total, num_protected)
+
+    @classmethod
+    def resume(cls, backbone: Backbone, method: Method, plan: CachePlan, *, seen: int, num_protected: int) -> Reader:
+        """A reader for one saved sequence; the caller fills the cache's layers."""
+        reader = cls._allocate(backbone, method, plan, 1, seen, None, num_protected)
+        reader.cache.seen = seen
+        return reader
+
+    @classmethod
+    def _allocate(
+        cls, backbone: Backbone, method: Method, plan: CachePlan, batch: int, prompt_len: int | None,
+        total: int | None, num_protected: int,
+    ) -> Reader:  # fmt: skip
+        initial = total or prompt_len or 0
+        capacity = None if plan.budget is None else min(plan.budget, total or plan.budget)
         chunk = min(plan.chunk_size, total or plan.chunk_size)
         cache = KVCache(
-            windows=windows, batch=batch, num_kv_heads=backbone.num_kv_heads, head_dim=backbone.head_dim,
-            capacity=capacity, chunk_size=chunk, dtype=backbone.dtype, device=backbone.device, initial=initial,
+            windows=[layer.window for layer in backbone.layers], batch=batch, num_kv_heads=backbone.num_kv_heads,
+            head_dim=backbone.head_dim, capacity=capacity, chunk_size=chunk, dtype=backbone.dtype,
+            device=backbone.device, initial=initial,
         )  # fmt: skip
-        longest = prompt_len or model_length(backbone.model)
-        reach = initial + chunk
+        # families with length-dependent frequencies choose them once, by the longest position they will be shown
+        longest, reach = prompt_len or model_length(backbone.model), initial + chunk
         if capacity is not None and plan.positions == "compact":
             reach = capacity + chunk
             longest = min(longest, reach)

@@ -1,0 +1,118 @@
+"""Plain transformers code with our cache: inside `with locret.attach(model, ...)`, `model.generate()` runs in the budget.
+
+transformers still prepares logits processors, stopping criteria and the streamer and hands them to our loop
+(`generate(custom_generate=...)`). On leaving, the model is what it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from locret.backbone import Backbone
+from locret.config import CacheConfig
+from locret.engine import LLM
+from locret.errors import ConfigError
+from locret.heads import RetainingHeads
+from locret.prefill import Reader
+
+
+@contextlib.contextmanager
+def attach(
+    model: PreTrainedModel, *, heads: str | Path | RetainingHeads | None = None, method: str = "locret",
+    method_options: dict[str, Any] | None = None, **cache_options: Any,
+) -> Iterator[PreTrainedModel]:  # fmt: skip
+    """Make `model.generate()` keep its KV cache in a budget.
+
+    Args: as for `locret.load`; the model is one that transformers has loaded.
+    Raises: ConfigError on entering for bad options; in `generate` for beam search and assisted decoding.
+    """
+    config = CacheConfig.from_dict(cache_options)
+    llm = LLM.build(Backbone(model), heads=heads, method=method, method_options=method_options, config=config)
+    bound = model.generate
+    model.generate = functools.partial(bound, custom_generate=functools.partial(_loop, llm=llm))  # type: ignore[method-assign]
+    try:
+        yield model
+    finally:
+        del model.generate  # the class's own method shows again
+
+
+@torch.inference_mode()
+def _loop(
+    model: PreTrainedModel, input_ids: Tensor, logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList, generation_config: GenerationConfig, streamer: Any = None,
+    attention_mask: Tensor | None = None, *, llm: LLM, **_: Any,
+) -> Tensor | GenerateDecoderOnlyOutput:  # fmt: skip
+    """One call of `generate`. input_ids [B, T], left-padded where attention_mask [B, T] is 0."""
+    if (generation_config.num_beams or 1) > 1:
+        raise ConfigError(
+            f"num_beams is {generation_config.num_beams}; locret decodes greedily or by sampling (1 beam)"
+        )
+    groups = _groups(input_ids, attention_mask, llm, generation_config)
+    ids = input_ids
+    pad = _pad_id(generation_config)
+    running = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+    with llm.backbone.seam():
+        logits = _scatter([(rows, reader.read(part)) for rows, reader, part in groups], len(ids))
+        while True:
+            scores = logits_processor(ids, logits.to(torch.float32, copy=True))
+            if generation_config.do_sample:
+                tokens = torch.multinomial(scores.softmax(-1), 1)[:, 0]
+            else:
+                tokens = scores.argmax(-1)
+            tokens = torch.where(running, tokens, pad)
+            ids = torch.cat((ids, tokens[:, None]), 1)
+            if streamer is not None:
+                streamer.put(tokens.cpu())
+            running &= ~stopping_criteria(ids, None)
+            if not running.any():
+                break
+            logits = _scatter([(rows, reader.step(tokens[rows])) for rows, reader, _ in groups], len(ids))
+    if streamer is not None:
+        streamer.end()
+    if generation_config.return_dict_in_generate:
+        return GenerateDecoderOnlyOutput(sequences=ids)
+    return ids
+
+
+def _groups(
+    input_ids: Tensor, attention_mask: Tensor | None, llm: LLM, generation_config: GenerationConfig
+) -> list[tuple[Tensor, Reader, Tensor]]:
+    """Rows of the same length share a reader: (row numbers, reader, their unpadded ids)."""
+    total = input_ids.shape[1]
+    lengths = torch.full((len(input_ids),), total) if attention_mask is None else attention_mask.sum(-1).cpu()
+    new_tokens = max(1, generation_config.max_length - total)
+    groups = []
+    for length in sorted(set(lengths.tolist())):
+        rows = (lengths == length).nonzero()[:, 0].to(input_ids.device)
+        part = input_ids[rows, total - length :]
+        if attention_mask is not None and not bool(attention_mask[rows, total - length :].all()):
+            raise ConfigError("attention_mask has zeros after the first one; locret takes left-padded prompts only")
+        reader = Reader.start(llm.backbone, llm.method, llm.config, batch=len(rows), prompt_len=length,
+                              new_tokens=new_tokens)  # fmt: skip
+        groups.append((rows, reader, part))
+    return groups
+
+
+def _scatter(parts: list[tuple[Tensor, Tensor]], rows: int) -> Tensor:
+    """[rows of a group, V] pieces -> [B, V]."""
+    out = parts[0][1].new_empty(rows, parts[0][1].shape[-1])
+    for indices, piece in parts:
+        out[indices] = piece
+    return out
+
+
+def _pad_id(generation_config: GenerationConfig) -> int:
+    pad = generation_config.pad_token_id
+    if pad is not None:
+        return int(pad)
+    eos = generation_config.eos_token_id
+    return int(eos[0] if isinstance(eos, list) else eos or 0)

@@ -1,0 +1,284 @@
+"""A compressed context: a text read once into the budget, asked again and again, continued, forked, saved.
+
+Shapes: L layers, Hkv KV heads, S kept units, D head dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from locret import chat
+from locret.cache import NAMES
+from locret.config import CachePlan, Sampling
+from locret.decode import Decoder, Output, Stream
+from locret.errors import ConfigError, ContextError
+from locret.files import atomic_write
+from locret.prefill import Progress, Reader
+
+if TYPE_CHECKING:
+    from locret.engine import LLM
+
+_FORMAT = "locret-context-1"
+
+
+class Context:
+    """Use `LLM.compress`, `LLM.open` or `Context.load` to get one.
+
+    Attributes:
+        llm: the model that read it.
+        ids: every token read so far, int32 on the CPU (4 bytes a token; kept for `inspect` and repetition penalties).
+    """
+
+    def __init__(self, llm: LLM, reader: Reader, *, lead: str, ids: list[int] | None = None) -> None:
+        self.llm = llm
+        self._reader = reader
+        self._lead = lead  # what the template puts before the next user text
+        self._pending: list[int] = []  # chosen by the model, not read yet
+        self._ids: list[Tensor] = [] if ids is None else [torch.tensor(ids, dtype=torch.int32)]
+
+    @classmethod
+    def open(cls, llm: LLM) -> Context:
+        """Nothing read yet, no end known."""
+        turns = _turns(llm)
+        with torch.inference_mode():
+            reader = Reader.start(llm.backbone, llm.method, llm.config, batch=1, prompt_len=None)
+        return cls(llm, reader, lead=turns.begin if turns else "")
+
+    @classmethod
+    def compress(
+        cls, llm: LLM, document: str | list[dict[str, Any]] | list[int], *, protect: Sequence[str] = (),
+        on_progress: Progress | None = None,
+    ) -> Context:  # fmt: skip
+        """See `LLM.compress`."""
+        ids, mask, lead = _encode_document(llm, document, protect)
+        if not ids:
+            raise ConfigError("the document has no tokens; give some text")
+        with torch.inference_mode():
+            reader = Reader.start(
+                llm.backbone, llm.method, llm.config, batch=1, prompt_len=len(ids),
+                num_protected=0 if mask is None else int(mask.sum()),
+            )  # fmt: skip
+            context = cls(llm, reader, lead=lead)
+            context._read(ids, local_window=0, protected=mask, on_progress=on_progress)
+        return context
+
+    @property
+    def ids(self) -> Tensor:
+        return torch.cat(self._ids) if self._ids else torch.empty(0, dtype=torch.int32)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the slabs, metadata included."""
+        return self._reader.cache.nbytes
+
+    @property
+    def peak_kv_bytes(self) -> int:
+        """Most bytes that slabs, workspace and one layer's rotated keys have taken."""
+        return self._reader.cache.peak_bytes
+
+    @property
+    def plan(self) -> CachePlan:
+        """The options, with every number known."""
+        return self._reader.plan
+
+    @property
+    def held(self) -> int:
+        """Units held per layer and KV head; never more than the budget."""
+        return self._reader.cache.held
+
+    @property
+    def seen(self) -> int:
+        """Tokens read."""
+        return self._reader.cache.seen
+
+    def ask(self, question: str | list[int], *, sampling: Sampling | None = None, **options: Any) -> Output:
+        """Answer a question; the context stays as it is, so questions do not see each other."""
+        stream = self.fork().reply(question, sampling=sampling, **options)
+        for _ in stream:
+            pass
+        return stream.output
+
+    def stream(self, question: str | list[int], *, sampling: Sampling | None = None, **options: Any) -> Stream:
+        """`ask`, piece by piece."""
+        return self.fork().reply(question, sampling=sampling, **options)
+
+    def chat(self, message: str | list[int], *, sampling: Sampling | None = None, **options: Any) -> Output:
+        """A turn that stays: the message and the answer become part of the context, within the budget."""
+        stream = self.reply(message, sampling=sampling, **options)
+        for _ in stream:
+            pass
+        return stream.output
+
+    def reply(self, message: str | list[int], *, sampling: Sampling | None = None, **options: Any) -> Stream:
+        """`chat`, piece by piece. Leaving the iterator early keeps what was generated."""
+        if sampling is not None and options:
+            raise ConfigError("give either sampling=Sampling(...) or its fields as keywords, not both")
+        chosen = sampling or Sampling.from_dict(options)
+        turns = _turns(self.llm)
+        ids = self._encode(message, turns.end if turns else "")
+
+        def prefill() -> Tensor:
+            # the question is what the answer will look at: all of it stays, unless it is long for this budget
+            budget = self.plan.budget
+            local = len(ids) if budget is None or len(ids) <= budget // 4 else self.plan.local_window
+            return self._read(ids, local_window=local)
+
+        def finished(decoder: Decoder) -> None:
+            output = decoder.outputs()[0]
+            read = output.tokens if decoder.pending[0] is None else output.tokens[:-1]
+            self._ids.append(torch.tensor(read, dtype=torch.int32))
+            self._pending = [] if decoder.pending[0] is None else [decoder.pending[0]]
+            self._lead = turns.again if turns else ""
+
+        device = self.llm.backbone.device
+        history = torch.cat((self.ids.to(device), torch.tensor(ids, device=device)))[None]
+        strip = turns is not None and turns.templated
+        return Stream(Decoder(self._reader, prefill, history, chosen, strip_start=strip), finished)
+
+    def append(self, text: str | list[int], *, on_progress: Progress | None = None) -> None:
+        """Read more text behind what is there; for input without end. The newest units stay pinned."""
+        ids = self._encode(text, "")
+        if not ids:
+            raise ConfigError("there is nothing to append; give some text")
+        with torch.inference_mode():
+            self._read(ids, local_window=0, more=True, on_progress=on_progress)
+
+    def fork(self) -> Context:
+        """An independent copy: what happens to one does not happen to the other."""
+        twin = Context(self.llm, self._reader.copy(), lead=self._lead)
+        twin._pending, twin._ids = list(self._pending), list(self._ids)
+        return twin
+
+    def kept(self) -> list[Tensor]:
+        """Original positions of the kept units, one int64 [Hkv, S] a layer, ascending."""
+        return [layer.units().position[0].cpu() for layer in self._reader.cache.layers]
+
+    def save(self, path: str | Path) -> None:
+        """Write it to one safetensors file; an old file there stays whole until the new one is complete."""
+        tensors = {"ids": self.ids}
+        for i, layer in enumerate(self._reader.cache.layers):
+            for name, tensor in zip(NAMES, layer.units(), strict=True):
+                tensors[f"{i}.{name}"] = tensor.contiguous()
+        state = {
+            "format": _FORMAT,
+            "fingerprint": self.llm.backbone.fingerprint(),
+            "model": model_digest(self.llm),
+            "method": self.llm.method.name,
+            "plan": dataclasses.asdict(self.plan),
+            "seen": self.seen,
+            "num_protected": self._reader.num_protected,
+            "evicted": [layer.evicted for layer in self._reader.cache.layers],
+            "lead": self._lead,
+            "pending": self._pending,
+        }
+        atomic_write(path, lambda file: save_file(tensors, file, metadata={"locret": json.dumps(state)}))
+
+    @classmethod
+    def load(cls, path: str | Path, llm: LLM) -> Context:
+        """Read a saved context for the model that made it.
+
+        Raises: ContextError: missing, truncated or foreign file; another model, other heads or another method.
+        """
+        state, tensors = _read_file(Path(path))
+        _check_same(path, state, llm)
+        plan = CachePlan(**state["plan"])
+        with torch.inference_mode():
+            reader = Reader.resume(
+                llm.backbone, llm.method, plan, seen=state["seen"], num_protected=state["num_protected"]
+            )
+            for i, layer in enumerate(reader.cache.layers):
+                try:
+                    layer.restore(*(tensors[f"{i}.{name}"] for name in NAMES), evicted=state["evicted"][i])
+                except (KeyError, RuntimeError, IndexError) as error:
+                    raise ContextError(f"{path}: layer {i} is missing or has other shapes than this model") from error
+        context = cls(llm, reader, lead=state["lead"])
+        context._pending, context._ids = list(state["pending"]), [tensors["ids"]]
+        return context
+
+    def _encode(self, text: str | list[int], end: str) -> list[int]:
+        """Ids of the next user text: what is pending, the template's texts around it, and the text."""
+        if not isinstance(text, str):
+            return [*self._pending, *text]
+        tokenizer = self.llm.backbone.tokenizer
+        if tokenizer is None:
+            raise ConfigError("this model was given without a tokenizer; give token ids")
+        if not text.strip():
+            raise ConfigError("the text is empty; give some words")
+        return [*self._pending, *chat.encode(tokenizer, self._lead + text + end)]
+
+    def _read(self, ids: list[int], **options: Any) -> Tensor:
+        logits = self._reader.read(torch.tensor([ids], device=self.llm.backbone.device), **options)
+        self._ids.append(torch.tensor(ids, dtype=torch.int32))
+        self._pending = []
+        turns = _turns(self.llm)
+        self._lead = chat.JOIN if turns else ""
+        return logits
+
+
+def model_digest(llm: LLM) -> str:
+    """A short hash of some of every parameter of the model and of the heads: other weights, other digest."""
+    digest = hashlib.sha256()
+    parts = list(llm.backbone.model.parameters())
+    heads = getattr(llm.method, "heads", None)
+    parts += [] if heads is None else list(heads.parameters())
+    for parameter in parts:
+        sample = parameter.detach().flatten()[:64].to(device="cpu", dtype=torch.bfloat16)
+        digest.update(sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _turns(llm: LLM) -> chat.Turns | None:
+    return None if llm.backbone.tokenizer is None else chat.Turns.of(llm.backbone.tokenizer)
+
+
+def _encode_document(
+    llm: LLM, document: str | list[dict[str, Any]] | list[int], protect: Sequence[str]
+) -> tuple[list[int], Tensor | None, str]:
+    """Ids, protected mask, and what the template puts before the question."""
+    tokenizer = llm.backbone.tokenizer
+    if isinstance(document, list) and document and isinstance(document[0], int):
+        if protect:
+            raise ConfigError("protect names pieces of text; a document of token ids has none")
+        return document, None, ""
+    if tokenizer is None:
+        raise ConfigError("this model was given without a tokenizer; give token ids")
+    if isinstance(document, str):
+        if not document.strip():
+            raise ConfigError("the document is empty; give some text")
+        text, lead = chat.Turns.of(tokenizer).begin + document, chat.JOIN
+    else:
+        text, lead = chat.before_next_user_turn(tokenizer, document), ""
+    return chat.encode(tokenizer, text), chat.protected_mask(tokenizer, text, protect), lead
+
+
+def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not path.is_file():
+        raise ContextError(
+            f"no context file at {path}; make one with `locret compress --file DOCUMENT --output {path}`"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = json.loads((file.metadata() or {}).get("locret", "null"))
+            if not isinstance(state, dict) or state.get("format") != _FORMAT:
+                raise ContextError(f"{path} is a safetensors file but not a saved context of this version ({_FORMAT})")
+            return state, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ContextError(f"{path} is broken or truncated ({error}); save the context again") from error
+
+
+def _check_same(path: str | Path, state: dict[str, Any], llm: LLM) -> None:
+    mine = {"fingerprint": llm.backbone.fingerprint(), "method": llm.method.name, "model": model_digest(llm)}
+    for name, value in mine.items():
+        if state[name] != value:
+            raise ContextError(f"{path} was made with another {'model or other heads' if name == 'model' else name}: "
+                               f"{state[name]}, now {value}; load the one that made it, or compress again")  # fmt: skip

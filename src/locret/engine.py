@@ -1,0 +1,208 @@
+"""The public surface: load a model, generate, and ask compressed contexts.
+
+A batch is run in groups of equally long prompts: within a group every tensor has one shape and no row is padded, so a
+row gets exactly what it gets alone.
+
+Shapes: B rows, T prompt tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from locret import chat
+from locret.backbone import EMBEDDED, Backbone
+from locret.config import CacheConfig, Sampling
+from locret.context import Context
+from locret.decode import Decoder, Output, Stream
+from locret.errors import ConfigError
+from locret.heads import RetainingHeads
+from locret.methods import Method, get_method
+from locret.prefill import Progress, Reader
+
+Messages = list[dict[str, Any]]
+Prompt = str | Messages | list[int]
+
+
+def load(
+    model: str | Path | None = None, *, heads: str | Path | RetainingHeads | None = None, method: str = "locret",
+    method_options: dict[str, Any] | None = None, device: str = "auto", dtype: str = "auto", **cache_options: Any,
+) -> LLM:  # fmt: skip
+    """Load a model and its retaining heads.
+
+    Args:
+        model: a folder or a hub id; none: the small model that ships with locret, with its heads.
+        heads: a folder, a hub id, or a loaded `RetainingHeads`; only the method "locret" reads them.
+        method: see `locret methods`.
+        method_options: options of the method, e.g. {"window": 64} for snapkv.
+        device, dtype: see `Backbone.load`.
+        **cache_options: the fields of `CacheConfig`: budget, chunk_size, num_sinks, ...
+
+    Raises: ConfigError, BackboneError, HeadsError.
+    """
+    config = CacheConfig.from_dict(cache_options)
+    backbone = Backbone.load(model, device=device, dtype=dtype)
+    if heads is None and model is None:
+        heads = EMBEDDED / "heads"
+    return LLM.build(backbone, heads=heads, method=method, method_options=method_options, config=config)
+
+
+@dataclass
+class LLM:
+    """A model, an eviction method and a cache budget."""
+
+    backbone: Backbone
+    method: Method
+    config: CacheConfig = field(default_factory=CacheConfig)
+
+    @classmethod
+    def build(
+        cls, backbone: Backbone, *, heads: str | Path | RetainingHeads | None = None, method: str = "locret",
+        method_options: dict[str, Any] | None = None, config: CacheConfig | None = None,
+    ) -> LLM:  # fmt: skip
+        """From a backbone that is already there. Heads are checked against it."""
+        loaded: RetainingHeads | None = None
+        if method == "locret" and heads is not None:
+            loaded = heads if isinstance(heads, RetainingHeads) else RetainingHeads.from_pretrained(heads)
+            loaded.check(backbone)
+            loaded = loaded.to(device=backbone.device, dtype=backbone.dtype).eval()
+        return cls(backbone, get_method(method, heads=loaded, **(method_options or {})), config or CacheConfig())
+
+    def generate(
+        self, prompt: Prompt | Sequence[Prompt], *, sampling: Sampling | None = None, protect: Sequence[str] = (),
+        on_progress: Progress | None = None, **options: Any,
+    ) -> Output | list[Output]:  # fmt: skip
+        """Answer one prompt, or several (a list of prompts gives a list of outputs, in the same order).
+
+        Args:
+            prompt: text (one user turn in the model's chat template), messages, or token ids (taken as they are).
+            sampling: or its fields as keywords: max_new_tokens, temperature, top_p, stop, seed ...
+            protect: pieces of the prompt's text whose units are never evicted.
+            on_progress: called with (prompt tokens read, prompt tokens in all).
+        """
+        chosen = _sampling(sampling, options)
+        many = _is_batch(prompt)
+        prompts = [
+            self._encode(p, protect) for p in (cast(Sequence[Prompt], prompt) if many else [cast(Prompt, prompt)])
+        ]
+        outputs: list[Output | None] = [None] * len(prompts)
+        done, total = 0, sum(len(p.ids) for p in prompts)
+        for rows in _equal_lengths(prompts):
+            group = [prompts[i] for i in rows]
+            progress = None if on_progress is None else _offset(on_progress, done, len(group), total)
+            for i, output in zip(rows, self._run(group, chosen, progress), strict=True):
+                outputs[i] = output
+            done += sum(len(p.ids) for p in group)
+        finished = cast(list[Output], outputs)
+        return finished if many else finished[0]
+
+    def stream(
+        self, prompt: Prompt, *, sampling: Sampling | None = None, protect: Sequence[str] = (),
+        on_progress: Progress | None = None, **options: Any,
+    ) -> Stream:  # fmt: skip
+        """`generate` for one prompt, as an iterator over pieces of text; `.output` holds the result after the end."""
+        encoded = self._encode(prompt, protect)
+        return Stream(self._decoder([encoded], _sampling(sampling, options), on_progress))
+
+    def compress(
+        self, document: Prompt, *, protect: Sequence[str] = (), on_progress: Progress | None = None
+    ) -> Context:
+        """Read a document once, into the budget; ask it as many questions as you like.
+
+        Args:
+            document: text (the beginning of a user turn that the questions complete), messages (earlier turns), or
+                token ids.
+            protect: pieces of the document's text whose units are never evicted.
+        """
+        return Context.compress(self, document, protect=protect, on_progress=on_progress)
+
+    def open(self) -> Context:
+        """A context that has read nothing yet: for conversations and for input without end (`Context.append`)."""
+        return Context.open(self)
+
+    def _encode(self, prompt: Prompt, protect: Sequence[str]) -> _Encoded:
+        tokenizer = self.backbone.tokenizer
+        if _is_ids(prompt):
+            if protect:
+                raise ConfigError("protect names pieces of text; a prompt of token ids has none")
+            return _Encoded(list(cast(list[int], prompt)), None, templated=False)
+        if tokenizer is None:
+            raise ConfigError("this model was given without a tokenizer; prompts must be lists of token ids")
+        if isinstance(prompt, str):
+            if not prompt.strip():
+                raise ConfigError("the prompt is empty; give some text")
+            turns = chat.Turns.of(tokenizer)
+            text, templated = turns.begin + prompt + turns.end, turns.templated
+        else:
+            if not prompt:
+                raise ConfigError("the list of messages is empty; give at least one")
+            text, templated = chat.render(tokenizer, cast(Messages, prompt)), True
+        return _Encoded(chat.encode(tokenizer, text), chat.protected_mask(tokenizer, text, protect), templated)
+
+    def _run(self, group: list[_Encoded], sampling: Sampling, on_progress: Progress | None) -> list[Output]:
+        decoder = self._decoder(group, sampling, on_progress)
+        for _ in decoder.pieces():
+            pass
+        return decoder.outputs()
+
+    def _decoder(self, group: list[_Encoded], sampling: Sampling, on_progress: Progress | None) -> Decoder:
+        length = len(group[0].ids)
+        if length == 0:
+            raise ConfigError("the prompt has no tokens; give at least one")
+        ids = torch.tensor([p.ids for p in group], device=self.backbone.device)
+        mask = group[0].protected  # a group with protected spans is one prompt: see _equal_lengths
+        reader = Reader.start(
+            self.backbone, self.method, self.config, batch=len(group), prompt_len=length,
+            new_tokens=sampling.max_new_tokens, num_protected=0 if mask is None else int(mask.sum()),
+        )  # fmt: skip
+
+        def prefill() -> Tensor:
+            return reader.read(ids, protected=mask, on_progress=on_progress)
+
+        return Decoder(reader, prefill, ids, sampling, strip_start=group[0].templated)
+
+
+@dataclass
+class _Encoded:
+    ids: list[int]
+    protected: Tensor | None
+    templated: bool
+
+
+def _sampling(sampling: Sampling | None, options: dict[str, Any]) -> Sampling:
+    if sampling is not None and options:
+        raise ConfigError(
+            f"give either sampling=Sampling(...) or its fields as keywords, not both ({', '.join(options)})"
+        )
+    return sampling or Sampling.from_dict(options)
+
+
+def _is_ids(prompt: Any) -> bool:
+    return isinstance(prompt, list) and len(prompt) > 0 and all(isinstance(x, int) for x in prompt)
+
+
+def _is_batch(prompt: Any) -> bool:
+    if isinstance(prompt, str):
+        return False
+    if not isinstance(prompt, Sequence) or len(prompt) == 0:
+        raise ConfigError(f"a prompt is text, messages or token ids, or a list of those; this is {prompt!r}")
+    return not (_is_ids(list(prompt)) or isinstance(prompt[0], dict))
+
+
+def _equal_lengths(prompts: list[_Encoded]) -> Iterator[list[int]]:
+    """Indices of prompts that can run together: same length, same kind, nothing protected."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for i, p in enumerate(prompts):
+        alone = i if p.protected is not None else None
+        groups.setdefault((len(p.ids), p.templated, alone), []).append(i)
+    yield from groups.values()
+
+
+def _offset(on_progress: Progress, done: int, rows: int, total: int) -> Callable[[int, int], object]:
+    return lambda read, _: on_progress(done + read * rows, total)

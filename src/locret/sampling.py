@@ -1,0 +1,109 @@
+"""Logits to tokens, and tokens to text.
+
+The filters are transformers' own, in the order in which `model.generate` applies them, so that a seed gives the same
+tokens here and there. Shapes: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from locret.config import Sampling
+
+
+class Sampler:
+    """Chooses the next token of every row; each row has random numbers of its own, so it draws what it draws alone."""
+
+    def __init__(self, sampling: Sampling, rows: int, device: torch.device) -> None:
+        self._greedy = sampling.temperature == 0
+        self._filters = LogitsProcessorList()
+        if sampling.repetition_penalty != 1.0:
+            self._filters.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+        if not self._greedy:
+            if sampling.temperature != 1.0:
+                self._filters.append(TemperatureLogitsWarper(sampling.temperature))
+            if sampling.top_k:
+                self._filters.append(TopKLogitsWarper(sampling.top_k))
+            if sampling.top_p < 1.0:
+                self._filters.append(TopPLogitsWarper(sampling.top_p))
+            if sampling.min_p > 0.0:
+                self._filters.append(MinPLogitsWarper(sampling.min_p))
+        seed = torch.seed() if sampling.seed is None else sampling.seed
+        self._generators = [torch.Generator(device).manual_seed(seed) for _ in range(rows)]
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        """ids [B, tokens so far] (read by the repetition penalty only), logits [B, V]; returns [B]."""
+        logits = cast(Tensor, self._filters(ids, logits.float()))
+        if self._greedy:
+            return logits.argmax(-1)
+        weights = logits.softmax(-1)
+        rows = zip(weights, self._generators, strict=True)
+        return torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
+
+
+class TextStream:
+    """Turns tokens into text piece by piece: never half a character, never a piece of a stop string.
+
+    Attributes:
+        text: everything given out so far.
+        stopped: a stop string has appeared; text ends before it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...] = (), *, strip_start: bool = False):
+        self._tokenizer, self._stop, self._strip = tokenizer, stop, strip_start
+        self._ids: list[int] = []
+        self._decoded = self._read = 0  # ids before `decoded` are done with; text of ids before `read` was given out
+        self._held = ""  # could be the beginning of a stop string
+        self.text = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """The text that became certain with this token, perhaps none."""
+        self._ids.append(token)
+        before = self._decode(self._ids[self._decoded : self._read])
+        now = self._decode(self._ids[self._decoded :])
+        if now.endswith("�") or len(now) <= len(before):
+            return ""  # the bytes of a character are not all here yet, or the token has no text
+        self._decoded, self._read = self._read, len(self._ids)
+        return self._give(now[len(before) :], final=False)
+
+    def end(self) -> str:
+        """What was held back; call once after the last token."""
+        before = self._decode(self._ids[self._decoded : self._read])
+        rest = self._decode(self._ids[self._decoded :])[len(before) :]
+        return self._give(rest, final=True)
+
+    def _give(self, piece: str, *, final: bool) -> str:
+        if self.stopped:
+            return ""
+        if self._strip and not self.text and not self._held:
+            piece = piece.lstrip()
+        whole = self._held + piece
+        found = [at for at in (whole.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            whole = whole[: min(found)]
+        else:
+            hold = 0 if final else max((_overlap(whole, stop) for stop in self._stop), default=0)
+            whole, self._held = whole[: len(whole) - hold], whole[len(whole) - hold :]
+        self.text += whole
+        return whole
+
+    def _decode(self, ids: list[int]) -> str:
+        return cast(str, self._tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
