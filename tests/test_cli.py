@@ -108,7 +108,7 @@ class FakeLLM:
         self.prompts.append(document)
         return FakeContext()
 
-    def start(self) -> FakeContext:
+    def open(self) -> FakeContext:
         return FakeContext()
 
 

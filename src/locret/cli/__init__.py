@@ -6,6 +6,7 @@ With --json stdout holds one JSON value and nothing else, also for an error: {"e
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ import typer
 
 from locret import __version__
 from locret.cli import answer, chat, contexts, demo, doctor, inspect, methods, train
-from locret.cli.output import emit, json_only, note
+from locret.cli.output import emit_error, json_only, note
 from locret.errors import LocretError
 
 app = typer.Typer(
@@ -57,14 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character still shows the rest
-    if "--json" not in arguments:
-        return _run(arguments, as_json=False)
-    with json_only():
-        return _run(arguments, as_json=True)
+    with json_only() if "--json" in arguments else contextlib.nullcontext():
+        return _run(arguments, debug="--debug" in arguments)
 
 
-def _run(arguments: list[str], *, as_json: bool) -> int:
-    debug = "--debug" in arguments
+def _run(arguments: list[str], *, debug: bool) -> int:
     try:
         code: Any = app(arguments, prog_name="locret", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
@@ -72,31 +70,27 @@ def _run(arguments: list[str], *, as_json: bool) -> int:
     except LocretError as error:
         if debug:
             raise
-        return _fail(type(error).__name__, str(error), 2, as_json=as_json)
+        return _fail(type(error).__name__, str(error))
     except Exception as error:
         if hasattr(error, "format_message"):  # click's usage errors: unknown options, missing values
             error.show()  # type: ignore[attr-defined]
-            if as_json:
-                emit({"error": {"type": "UsageError", "message": error.format_message()}})
+            emit_error("UsageError", error.format_message())
             return 2
         if type(error).__name__ == "OutOfMemoryError" and not debug:  # torch's; not imported for its name
             advice = "out of GPU memory; lower --chunk-size or --budget, or choose a smaller --dtype"
-            return _fail("OutOfMemoryError", f"{advice} ({str(error).splitlines()[0]})", 2, as_json=as_json)
-        if as_json:
-            emit({"error": {"type": type(error).__name__, "message": str(error)}})
+            return _fail("OutOfMemoryError", f"{advice} ({str(error).splitlines()[0]})")
+        emit_error(type(error).__name__, str(error))
         raise  # a bug: its traceback belongs in the report
     if code == 130:
         note("interrupted")
-        if as_json:
-            emit({"error": {"type": "KeyboardInterrupt", "message": "interrupted"}})
+        emit_error("KeyboardInterrupt", "interrupted")
     return code if isinstance(code, int) else 0
 
 
-def _fail(kind: str, message: str, code: int, *, as_json: bool) -> int:
+def _fail(kind: str, message: str) -> int:
     note(f"error: {message}")
-    if as_json:
-        emit({"error": {"type": kind, "message": message}})
-    return code
+    emit_error(kind, message)
+    return 2
 
 
 __all__ = ["app", "main"]

@@ -69,7 +69,7 @@ def _turn(context: Context, message: str, sampling: SamplingOptions, output: Out
 
 def _start(llm: LLM, file: Path | None, context: Path | None) -> Context:
     if file is None and context is None:
-        return llm.start()
+        return llm.open()
     return open_context(llm, file=file, context=context)
 
 

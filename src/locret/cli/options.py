@@ -39,31 +39,53 @@ class ModelOptions:
         str, Option("--dtype", help="auto, float32, bfloat16 or float16.", rich_help_panel=_MODEL)
     ] = "auto"  # fmt: skip
     method: Annotated[
-        str | None, Option("--method", help="Eviction method; `locret methods` lists them.", rich_help_panel=_CACHE)
+        str | None,
+        Option(
+            "--method", help="Eviction method; `locret methods` lists them (default: locret).", rich_help_panel=_CACHE
+        ),
     ] = None
     budget: Annotated[
         str | None,
         Option(
             "--budget",
-            help="KV units kept per layer and head (6000), bytes (2GiB) or a share of the prompt (5%).",
+            help="KV units kept per layer and head (6000), bytes (2GiB) or a share of the prompt (5%) (default: 16384).",
             rich_help_panel=_CACHE,
         ),
     ] = None
     chunk_size: Annotated[
-        int | None, Option("--chunk-size", help="Prompt tokens per prefill step.", rich_help_panel=_CACHE)
+        int | None,
+        Option(
+            "--chunk-size",
+            help="Prompt tokens per prefill step (default: the budget, within 256 to 3072).",
+            rich_help_panel=_CACHE,
+        ),
     ] = None
     stabilizers: Annotated[
-        int | None, Option("--stabilizers", help="Newest units pinned during prefill.", rich_help_panel=_CACHE)
+        int | None,
+        Option(
+            "--stabilizers",
+            help="Newest units pinned during prefill (default: budget / 4, at most 2500).",
+            rich_help_panel=_CACHE,
+        ),
     ] = None
     local_window: Annotated[
-        int | None, Option("--local-window", help="Last prompt tokens, never evicted.", rich_help_panel=_CACHE)
+        int | None,
+        Option(
+            "--local-window",
+            help="Last prompt tokens, never evicted (default: 100, or budget / 4).",
+            rich_help_panel=_CACHE,
+        ),
     ] = None
     sinks: Annotated[
-        int | None, Option("--sinks", help="First units, never evicted.", rich_help_panel=_CACHE)
+        int | None, Option("--sinks", help="First units, never evicted (default: 4).", rich_help_panel=_CACHE)
     ] = None  # fmt: skip
     positions: Annotated[
         str | None,
-        Option("--positions", help="compact (renumber what is kept) or original.", rich_help_panel=_CACHE),
+        Option(
+            "--positions",
+            help="compact (renumber what is kept) or original (default: compact).",
+            rich_help_panel=_CACHE,
+        ),
     ] = None
 
     def load_options(self) -> dict[str, Any]:
@@ -90,7 +112,7 @@ class SamplingOptions:
     """How the next token is chosen; greedy unless a temperature is given."""
 
     max_new_tokens: Annotated[
-        int | None, Option("--max-new-tokens", help="Stop after this many.", rich_help_panel=_SAMPLING)
+        int | None, Option("--max-new-tokens", help="Stop after this many (default: 256).", rich_help_panel=_SAMPLING)
     ] = None
     temperature: Annotated[
         float | None, Option("--temperature", help="0 is greedy (the default).", rich_help_panel=_SAMPLING)

@@ -16,13 +16,14 @@ from rich.table import Table
 OnProgress = Callable[[int, int], None]
 _SLOW_SECONDS = 10.0  # without a terminal: one line of progress this often
 _json_stdout: TextIO | None = None
+_emitted = False  # since `json_only` was opened
 
 
 @contextlib.contextmanager
 def json_only() -> Iterator[None]:
     """While this is open nothing but `emit` reaches stdout: a library's stray print lands on stderr."""
-    global _json_stdout
-    _json_stdout = sys.stdout
+    global _json_stdout, _emitted
+    _json_stdout, _emitted = sys.stdout, False
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
@@ -32,9 +33,17 @@ def json_only() -> Iterator[None]:
 
 def emit(value: Any, *, line: bool = False) -> None:
     """One JSON value on stdout; `line`: on a line of its own (JSON Lines)."""
+    global _emitted
+    _emitted = True
     stream = _json_stdout or sys.stdout
     stream.write(json.dumps(value, indent=None if line else 2) + "\n")
     stream.flush()
+
+
+def emit_error(kind: str, message: str) -> None:
+    """What --json prints when there is no result; a result that was printed already stays the only value."""
+    if _json_stdout is not None and not _emitted:
+        emit({"error": {"type": kind, "message": message}})
 
 
 def note(message: str) -> None:

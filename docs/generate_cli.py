@@ -1,0 +1,56 @@
+"""Writes docs/cli.md from the command line's own --help data: `make docs`. tests/test_docs.py fails when it is stale."""
+
+from __future__ import annotations
+
+import inspect
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from locret.cli import app
+
+HEAD = """# Command line
+
+Written by `make docs` from `--help`; do not edit. Exit codes: 0 done, 1 something is broken (a failed check of
+`locret doctor`, a bug), 2 the command or its input was wrong, 130 stopped by Ctrl-C. With `--json` stdout holds
+JSON only; notes and progress go to stderr; an error is `{"error": {"type": ..., "message": ...}}` besides its text on
+stderr. `locret chat --json` prints one object per line.
+"""
+
+
+def render() -> str:
+    """The page."""
+    group: Any = typer.main.get_command(app)
+    verbs = [_verb(name, command) for name, command in group.commands.items()]
+    return "\n".join([HEAD, *verbs])
+
+
+def _verb(name: str, command: Any) -> str:
+    lines = [f"## `locret {name}`", "", inspect.cleandoc(command.help or ""), ""]
+    options = [p for p in command.params if p.name != "help"]
+    for panel, members in groupby(options, key=lambda p: p.rich_help_panel or "Options"):
+        lines += [f"| {panel} | default | meaning |", "|---|---|---|"]
+        lines += [f"| {_flags(p)} | {_default(p)} | {_escape(p.help or '')} |" for p in members]
+        lines += [""]
+    return "\n".join(lines)
+
+
+def _flags(parameter: Any) -> str:
+    return " ".join(f"`{flag}`" for flag in [*parameter.opts, *parameter.secondary_opts])
+
+
+def _default(parameter: Any) -> str:
+    value = parameter.default
+    if value is None or value is False or callable(value):
+        return ""
+    return f"`{value}`" if value is not True else "on"
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    (Path(__file__).parent / "cli.md").write_text(render(), encoding="utf-8")
