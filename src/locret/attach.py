@@ -1,4 +1,4 @@
-"""Plain transformers code with our cache: inside `with locret.attach(model, ...)`, `model.generate()` runs in the budget.
+"""Plain transformers code with our cache: `with locret.attach(model, ...)`, `model.generate()` runs in the budget.
 
 transformers still prepares logits processors, stopping criteria and the streamer and hands them to our loop
 (`generate(custom_generate=...)`). On leaving, the model is what it was.
@@ -49,14 +49,17 @@ def attach(
 def _loop(
     model: PreTrainedModel, input_ids: Tensor, logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList, generation_config: GenerationConfig, streamer: Any = None,
-    attention_mask: Tensor | None = None, *, llm: LLM, **_: Any,
+    *, llm: LLM, **model_inputs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:  # fmt: skip
-    """One call of `generate`. input_ids [B, T], left-padded where attention_mask [B, T] is 0."""
+    """One call of `generate`. input_ids [B, T], left-padded where attention_mask [B, T] is 0.
+
+    transformers passes whatever this signature names twice, so the mask is taken from the rest.
+    """
     if (generation_config.num_beams or 1) > 1:
         raise ConfigError(
             f"num_beams is {generation_config.num_beams}; locret decodes greedily or by sampling (1 beam)"
         )
-    groups = _groups(input_ids, attention_mask, llm, generation_config)
+    groups = _groups(input_ids, model_inputs.get("attention_mask"), llm, generation_config)
     ids = input_ids
     pad = _pad_id(generation_config)
     running = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
