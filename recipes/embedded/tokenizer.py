@@ -40,7 +40,7 @@ CHAT_TEMPLATE = """\
 
 
 def hex_letter() -> str:
-    """A pattern for one letter of a hexadecimal word that holds a digit (Oniguruma; each look-behind has one length)."""
+    """A pattern for one letter of a hexadecimal word that holds a digit (Oniguruma; look-behinds of one length)."""
     longest = 12  # the last group of a uuid
     foreign = "|".join(f"[g-zA-Z][0-9a-f]{{{n}}}" for n in range(longest))
     digit_before = "|".join(f"[0-9][a-f]{{{n}}}" for n in range(longest))

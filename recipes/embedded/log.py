@@ -1,0 +1,25 @@
+"""What a run says: lines on the terminal, records in metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+BORN = time.perf_counter()  # the program's start, near enough
+
+
+class Log:
+    """Lines on the terminal and records in metrics.jsonl."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+
+    def say(self, text: str) -> None:
+        print(f"[{time.perf_counter() - BORN:6.1f}s] {text}", flush=True)
+
+    def record(self, kind: str, **values: Any) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": kind, **values}) + "\n")
