@@ -19,7 +19,9 @@ def exact_matches(
     Greedy decoding follows the answer as long as it is right, so both agree on whether all of it is right.
     """
     matches: list[bool] = []
-    longest = -(-max(len(sample.ids) for sample in samples) // 1024) * 1024  # few shapes: each is planned by cuDNN
+    longest = max(len(sample.ids) for sample in samples)
+    step = 1024 if longest > 1024 else 64
+    longest = -(-longest // step) * step  # few shapes: each is planned by cuDNN
     rows = max(1, max_tokens // longest)
     for first in range(0, len(samples), rows):
         group = samples[first : first + rows]

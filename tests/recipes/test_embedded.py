@@ -75,9 +75,8 @@ def tiny_model(seed: int = 3) -> LeanLlama:
     model.initialise(seed)
     with torch.no_grad():
         for parameter in model.parameters():  # norms that are not 1, matrices that are not small
-            parameter.mul_(3.0 if parameter.ndim == 2 else 1.0).add_(
-                0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-            )
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+            parameter.mul_(3.0 if parameter.ndim == 2 else 1.0).add_(noise, alpha=0.05)
     return model
 
 
