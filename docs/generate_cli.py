@@ -1,4 +1,4 @@
-"""Writes docs/cli.md from the command line's own --help data: `make docs`. tests/test_docs.py fails when it is stale."""
+"""Writes docs/cli.md from the data behind --help: `make docs`. tests/test_docs.py fails when it is stale."""
 
 from __future__ import annotations
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +18,7 @@ import pytest
 import locret
 from locret.cli import main
 from locret.cli.inspect import remaining, token_texts
+from locret.decode import Output, Stats
 from locret.errors import ConfigError, DataError
 
 VERBS = ["demo", "generate", "chat", "compress", "ask", "train", "inspect", "methods", "doctor"]
@@ -27,60 +28,19 @@ STATS = {
 }  # fmt: skip
 
 
-@dataclasses.dataclass
-class FakeStats:
-    prompt_tokens: int = 9
-    new_tokens: int = 2
-    method: str = "locret"
-    budget: int = 8
-    kv_bytes: int = 1024
-    peak_kv_bytes: int = 2048
-    kv_bytes_full: int = 4096
-    prefill_seconds: float = 0.5
-    decode_seconds: float = 0.25
+STATS_VALUES = Stats(9, 2, "locret", 8, 1024, 2048, 4096, 0.5, 0.25)
 
 
 class FakeStream:
     def __init__(self, text: str) -> None:
-        self.output = SimpleNamespace(text=text, tokens=[1, 2], finish_reason="stop", stats=FakeStats())
+        self.output = Output(text, [1, 2], "stop", STATS_VALUES)
+        self.pieces = iter(text.partition(" "))
 
     def __iter__(self) -> Iterator[str]:
-        self.pieces = iter(self.output.text.partition(" "))
         return self.pieces
 
     def __next__(self) -> str:
         return next(self.pieces)
-
-
-class FakeContext:
-    tokens = [10, 11, 12]  # noqa: RUF012
-    stats = FakeStats()
-
-    def __init__(self, said: list[str] | None = None) -> None:
-        self.said = said or []
-
-    def ask(self, question: str, **sampling: Any) -> Any:
-        return FakeStream(f"answer to {question} {sampling or ''}".strip()).output
-
-    def stream(self, question: str, **sampling: Any) -> FakeStream:
-        return FakeStream(f"answer to {question}")
-
-    def chat(self, message: str, **sampling: Any) -> Any:
-        self.said.append(message)
-        return FakeStream(f"turn {len(self.said)}: {message}").output
-
-    def chat_stream(self, message: str, **sampling: Any) -> FakeStream:
-        self.said.append(message)
-        return FakeStream(f"turn {len(self.said)}: {message}")
-
-    def fork(self) -> FakeContext:
-        return FakeContext(list(self.said))
-
-    def save(self, path: Path) -> None:
-        Path(path).write_text("context")
-
-    def kept(self) -> list[list[list[int]]]:
-        return [[[0, 2], [0]], [[0, 2], [0]]]
 
 
 class FakeLLM:
@@ -88,9 +48,8 @@ class FakeLLM:
 
     def __init__(self, model: str | None, options: dict[str, Any]) -> None:
         self.model, self.options, self.prompts, self.sampling = model, options, [], {}
-        self.backbone = SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids: "".join(f"<{i}>" for i in ids)))
 
-    def generate(self, prompt: str, on_progress: Any = None, **sampling: Any) -> Any:
+    def stream(self, prompt: str, on_progress: Any = None, **sampling: Any) -> FakeStream:
         self.prompts.append(prompt)
         self.sampling = sampling
         print("a stray print of a library")
@@ -99,17 +58,7 @@ class FakeLLM:
             raise KeyboardInterrupt
         if prompt == "bad":
             raise ConfigError("budget 1 cannot hold its pinned units")
-        return FakeStream(f"echo {prompt[:20]}").output
-
-    def stream(self, prompt: str, on_progress: Any = None, **sampling: Any) -> FakeStream:
-        return FakeStream(self.generate(prompt, on_progress, **sampling).text)
-
-    def compress(self, document: str, on_progress: Any = None) -> FakeContext:
-        self.prompts.append(document)
-        return FakeContext()
-
-    def open(self) -> FakeContext:
-        return FakeContext()
+        return FakeStream(f"echo {prompt[:20]}")
 
 
 @pytest.fixture
@@ -153,14 +102,14 @@ def test_flags_that_are_not_given_are_left_to_load(fake: list[FakeLLM], capsys: 
 
 
 def test_flags_reach_load_under_its_own_names(fake: list[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
-    flags = "--model M --heads H --method knorm --budget 5% --chunk-size 7 --stabilizers 3 --local-window 2 --sinks 1"
+    flags = "--model M --heads H --method knorm --budget 5% --chunk-size 7 --stabilizers 3 --local-window 2 --sinks 1 "
+    flags += "--positions original --device cpu --dtype float32"
     run_json(
         capsys,
         "generate",
         "--prompt",
         "x",
         *flags.split(),
-        *"--positions original --device cpu --dtype float32".split(),
     )
     assert fake[0].model == "M"
     assert fake[0].options == {
@@ -185,48 +134,11 @@ def test_one_question_is_read_together_with_the_file(
     assert fake[0].prompts == ["The code is 4711.\n\nWhich code?"]
 
 
-def test_several_questions_share_one_compression(
-    fake: list[FakeLLM], capsys: pytest.CaptureFixture[str], report: str
-) -> None:
-    result = run_json(capsys, "generate", "--file", report, "--question", "A?", "--question", "B?")
-    assert fake[0].prompts == ["The code is 4711.\n"]
-    assert [answer["question"] for answer in result["answers"]] == ["A?", "B?"]
-    assert result["text"] == result["answers"][0]["text"] == "answer to A?"
-    assert STATS <= set(result)
-
-
-def test_ask_a_saved_context_or_a_file_but_not_both(
-    fake: list[FakeLLM], capsys: pytest.CaptureFixture[str], report: str
-) -> None:
-    assert run_json(capsys, "ask", "--file", report, "--question", "A?")["text"] == "answer to A?"
-    assert main(["ask", "--question", "A?"]) == 2
-    assert main(["ask", "--question", "A?", "--file", report, "--context", report]) == 2
-    assert main(["ask", "--file", report]) == 2
-
-
-def test_compress_saves_and_says_what_it_took(
-    fake: list[FakeLLM], capsys: pytest.CaptureFixture[str], report: str, tmp_path: Path
-) -> None:
-    result = run_json(capsys, "compress", "--file", report, "--output", str(tmp_path / "a.ctx"))
-    assert (tmp_path / "a.ctx").exists()
-    assert result["file_bytes"] == 7
-    assert result["kv_bytes"] == 1024
-
-
 def test_piped_text_is_the_prompt(
     fake: list[FakeLLM], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"from a pipe")))
     assert run_json(capsys, "generate")["text"] == "echo from a pipe"
-
-
-def test_text_goes_to_stdout_and_notes_to_stderr(
-    fake: list[FakeLLM], capsys: pytest.CaptureFixture[str], report: str
-) -> None:
-    assert main(["ask", "--file", report, "--question", "A?"]) == 0
-    out, err = capsys.readouterr()
-    assert out == "answer to A?\n"
-    assert "KV cache 1.0 KiB (peak 2.0 KiB, full 4.0 KiB)" in err
 
 
 def test_stray_prints_of_libraries_do_not_reach_json(fake: list[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,36 +148,200 @@ def test_stray_prints_of_libraries_do_not_reach_json(fake: list[FakeLLM], capsys
     assert "stray" in err
 
 
+def test_text_goes_to_stdout_and_notes_to_stderr(
+    monkeypatch: pytest.MonkeyPatch, fake: list[FakeLLM], capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("builtins.print", lambda *a, **k: sys.stderr.write(" ".join(map(str, a)) + "\n"))
+    assert main(["generate", "--prompt", "A?"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "echo A?\n"
+    assert "KV cache 1.0 KiB (peak 2.0 KiB, full 4.0 KiB)" in err
+
+
+# ------------------------------------------------------------------------------- with a real engine, on a tiny model
+
+
+@pytest.fixture
+def tiny(tiny_folder: Callable[..., Path]) -> list[str]:
+    """Flags for a tiny random model and a small budget."""
+    flags = (
+        "--method knorm --budget 48 --chunk-size 16 --stabilizers 8 --local-window 8 --max-new-tokens 6 --device cpu"
+    )
+    return ["--model", str(tiny_folder("llama")), *flags.split()]
+
+
+@pytest.fixture
+def tiny_cache(tiny: list[str]) -> list[str]:
+    """The same without sampling flags."""
+    at = tiny.index("--max-new-tokens")
+    return tiny[:at] + tiny[at + 2 :]
+
+
+@pytest.fixture
+def long_report(tmp_path: Path) -> str:
+    path = tmp_path / "long.txt"
+    path.write_text("The harbour is quiet and the code is 4711. " * 6)
+    return str(path)
+
+
+def test_several_questions_share_one_compression(
+    tiny: list[str], capsys: pytest.CaptureFixture[str], long_report: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from locret.engine import LLM
+
+    calls, compress = [], LLM.compress
+    monkeypatch.setattr(LLM, "compress", lambda self, text, **o: calls.append(text) or compress(self, text, **o))
+    result = run_json(capsys, "generate", *tiny, "--file", long_report, "--question", "A?", "--question", "B?")
+    assert len(calls) == 1
+    assert [answer["question"] for answer in result["answers"]] == ["A?", "B?"]
+    assert result["text"] == result["answers"][0]["text"]
+    assert set(result) >= STATS
+    assert result["budget"] == 48
+    assert result["kv_bytes"] < result["kv_bytes_full"]
+
+
+def test_a_saved_context_answers_as_a_fresh_one(
+    tiny: list[str], tiny_cache: list[str], capsys: pytest.CaptureFixture[str], long_report: str, tmp_path: Path
+) -> None:
+    saved = tmp_path / "report.ctx"
+    made = run_json(capsys, "compress", *tiny_cache, "--file", long_report, "--output", str(saved))
+    assert made["file_bytes"] == saved.stat().st_size
+    assert made["held"] <= 48 < made["prompt_tokens"]
+    fresh = run_json(capsys, "ask", *tiny, "--file", long_report, "--question", "A?")
+    loaded = run_json(capsys, "ask", *tiny, "--context", str(saved), "--question", "A?")
+    assert loaded["text"] == fresh["text"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "foreign"])
+def test_a_broken_context_is_a_users_error(
+    tiny: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, damage: str
+) -> None:
+    saved = tmp_path / "report.ctx"
+    if damage != "missing":
+        saved.write_bytes(b"\x10" if damage == "truncated" else b"not a context, " * 99)
+    assert main(["ask", *tiny, "--context", str(saved), "--question", "A?", "--json"]) == 2
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["type"] == "ContextError"
+    assert "report.ctx" in error["message"]
+
+
+def test_ask_a_saved_context_or_a_file_but_not_both(fake: list[FakeLLM], report: str) -> None:
+    assert main(["ask", "--question", "A?"]) == 2
+    assert main(["ask", "--question", "A?", "--file", report, "--context", report]) == 2
+    assert main(["ask", "--file", report]) == 2
+
+
+def test_streamed_text_is_the_text_of_json(
+    tiny: list[str], capsys: pytest.CaptureFixture[str], long_report: str
+) -> None:
+    for verb in ("generate", "ask"):
+        arguments = [verb, *tiny, "--file", long_report, "--question", "A?"]
+        expected = run_json(capsys, *arguments)["text"]
+        assert main(arguments) == 0
+        assert capsys.readouterr().out == expected + "\n"
+
+
+def test_a_trained_method_without_heads_says_what_to_do(
+    tiny_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "--model", str(tiny_folder("llama")), "--prompt", "x"]) == 2
+    assert "locret train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--method snapvk", "did you mean 'snapkv'"),
+        ("--budget 12", "budget 12 cannot hold its pinned units"),
+        ("--budget lots", "not understood"),
+        ("--positions compcat", "did you mean 'compact'"),
+        ("--chunk-size 0", "chunk_size is 0"),
+        ("--top-p 2", "top_p is 2"),
+        ("--dtype float23", "did you mean 'float32'"),
+        ("--stop ''", "empty stop string"),
+    ],
+)
+def test_bad_values_are_named(tiny: list[str], capsys: pytest.CaptureFixture[str], flags: str, message: str) -> None:
+    assert main(["generate", "--prompt", "x" * 60, *tiny, *shlex.split(flags)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there_is_a_users_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["generate", "--prompt", "x", "--model", str(tmp_path / "none"), "--json"]) == 2
+    assert "none" in json.loads(capsys.readouterr().out)["error"]["message"]
+
+
 def test_chat_turns_reset_save_and_exit(
-    fake: list[FakeLLM], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tiny: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     saved = tmp_path / "talk.ctx"
-    lines = f"hi\nagain\n/stats\n/save {saved}\n/reset\nnew\n/what\n/exit\nnever\n"
+    lines = f"hi there\nagain\n/stats\n/save {saved}\n/save\n/reset\nhi there\n/what\n/exit\nnever\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
-    assert main(["chat"]) == 0
-    out, err = capsys.readouterr()
-    assert out.splitlines() == ["turn 1: hi", "turn 2: again", "turn 1: new"]
+    assert main(["chat", *tiny]) == 0
+    err = capsys.readouterr().err
     assert saved.exists()
     assert "unknown command '/what'" in err
+    assert "say where" in err
+    assert "the conversation is forgotten" in err
 
 
-def test_chat_json_is_one_object_per_line(
-    fake: list[FakeLLM], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_chat_json_is_one_object_per_line_and_reset_forgets(
+    tiny: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hi\nagain\n")))
-    assert main(["chat", "--json"]) == 0
-    texts = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
-    assert texts == ["turn 1: hi", "turn 2: again"]
+    lines = b"hi there\nagain and again\n/reset\nhi there\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
+    assert main(["chat", *tiny, "--json"]) == 0
+    turns = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(turns) == 3
+    assert turns[0]["text"] == turns[2]["text"]
+    assert turns[1]["prompt_tokens"] > turns[0]["prompt_tokens"]
 
 
 def test_inspect_counts_the_pairs_that_keep_a_token(
-    fake: list[FakeLLM], capsys: pytest.CaptureFixture[str], report: str
+    tiny_cache: list[str], capsys: pytest.CaptureFixture[str], long_report: str
 ) -> None:
-    result = run_json(capsys, "inspect", "--file", report)
-    assert result["pairs"] == 4
-    assert [token["kept"] for token in result["tokens"]] == [4, 0, 2]
-    assert main(["inspect", "--file", report, "--min-share", "0.5"]) == 0
-    assert capsys.readouterr().out == "<10> … <12>\n"
+    result = run_json(capsys, "inspect", *tiny_cache, "--file", long_report)
+    assert result["pairs"] == 4  # 2 layers of 2 KV heads
+    kept = [token["kept"] for token in result["tokens"]]
+    assert sum(kept) == result["held"] * result["pairs"]
+    assert kept[:4] == [4, 4, 4, 4]  # sinks
+    assert "".join(token["text"] for token in result["tokens"]).count("harbour") == 6
+    assert main(["inspect", *tiny_cache, "--file", long_report, "--min-share", "0"]) == 0
+    assert "harbour is quiet and the code is 4711." in capsys.readouterr().out
+
+
+def test_demo_json_has_questions_answers_and_the_truth(
+    tiny_cache: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [flag if flag != "48" else "120" for flag in tiny_cache]
+    result = run_json(capsys, "demo", *flags, "--tokens", "4000")
+    assert set(result) >= STATS | {"text", "finish_reason", "document_tokens", "seconds"}
+    assert len(result["questions"]) >= 5
+    assert result["document_tokens"] <= 4000
+    for question in result["questions"]:
+        assert set(question) == {"question", "answer", "expected", "correct"}
+        assert question["correct"] == (question["answer"].strip().rstrip(".") == question["expected"])
+    assert result["correct"] == sum(question["correct"] for question in result["questions"])
+    assert main(["demo", *flags, "--tokens", "4000"]) == 0
+    assert "times as much" in capsys.readouterr().out
+
+
+def test_train_writes_heads_that_generate_takes(
+    tiny_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    model, data, heads = str(tiny_folder("llama")), tmp_path / "samples.jsonl", tmp_path / "heads"
+    sample = {
+        "messages": [{"role": "user", "content": "The code is 4711. Code?"}, {"role": "assistant", "content": "4711"}]
+    }
+    data.write_text("".join(json.dumps(sample) + "\n" for _ in range(4)))
+    flags = f"--model {model} --data {data} --output {heads} --steps 2 --d-r 8 --device cpu"
+    result = run_json(capsys, "train", *flags.split())
+    assert (result["finished"], result["step"]) == (True, 2)
+    used = f"--model {model} --heads {heads} --budget 48 --max-new-tokens 4 --device cpu"
+    assert run_json(capsys, "generate", "--prompt", "hello " * 20, *used.split())["method"] == "locret"
+    (tmp_path / "recipe.toml").write_text("stepz = 3\n")
+    assert main(["train", *flags.split(), "--recipe", str(tmp_path / "recipe.toml")]) == 2
+    assert "did you mean 'steps'" in capsys.readouterr().err
 
 
 def test_remaining_text_has_one_ellipsis_per_gap() -> None:
@@ -345,7 +421,7 @@ def test_a_bug_keeps_its_traceback(fake: list[FakeLLM], monkeypatch: pytest.Monk
     def broken(*arguments: Any, **options: Any) -> Any:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(FakeLLM, "generate", broken)
+    monkeypatch.setattr(FakeLLM, "stream", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["generate", "--prompt", "x"])
 

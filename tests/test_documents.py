@@ -43,12 +43,12 @@ def pdf(path: Path, text: str = "", password: str | None = None) -> Path:
 @pytest.mark.parametrize("name", ["a.txt", "a.md", "noextension", "a.log"])
 def test_utf8_text_is_read_as_it_is(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("# Häuser\n\n日本 ✓\n", encoding="utf-8")
-    assert read_document(tmp_path / name) == "# Häuser\n\n日本 ✓\n"
+    assert read_document(tmp_path / name) == "# Häuser\n\n日本 ✓"
 
 
 def test_windows_files_lose_their_mark_and_line_ends(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
-    assert read_document(tmp_path / "a.txt") == "one\ntwo\n"
+    assert read_document(tmp_path / "a.txt") == "one\ntwo"
 
 
 def test_pdf_text_is_extracted_whatever_the_name(tmp_path: Path) -> None:
@@ -112,9 +112,5 @@ def test_pdf_without_text(tmp_path: Path) -> None:
 def test_broken_pdf_is_an_error_and_not_a_traceback(tmp_path: Path, keep: float) -> None:
     data = pdf(tmp_path / "a.pdf", "hello").read_bytes()
     (tmp_path / "a.pdf").write_bytes(b"%PDF-1.7\n" + os.urandom(64) if keep == 0 else data[: int(len(data) * keep)])
-    try:
-        text = read_document(tmp_path / "a.pdf")
-    except DataError as error:
-        assert "PDF" in str(error) or "no text" in str(error)
-    else:  # pypdf repairs files that lost only their end
-        assert "hello" in text
+    with pytest.raises(DataError, match=r"PDF|no text"):
+        read_document(tmp_path / "a.pdf")

@@ -25,8 +25,11 @@ from locret.errors import (
 )
 
 if TYPE_CHECKING:
+    from locret.attach import attach
     from locret.config import Sampling
-    from locret.engine import LLM, Context, Output, Stats, attach, load
+    from locret.context import Context
+    from locret.decode import Output, Stats
+    from locret.engine import LLM, load
 
 __version__ = "0.1.0"
 
@@ -50,10 +53,10 @@ __all__ = [
 
 _LAZY = {
     "LLM": "locret.engine",
-    "Context": "locret.engine",
-    "Output": "locret.engine",
-    "Stats": "locret.engine",
-    "attach": "locret.engine",
+    "Context": "locret.context",
+    "Output": "locret.decode",
+    "Stats": "locret.decode",
+    "attach": "locret.attach",
     "load": "locret.engine",
     "Sampling": "locret.config",
 }

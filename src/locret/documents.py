@@ -14,8 +14,14 @@ READABLE = (".txt", ".md", ".pdf", "- (stdin)")
 def read_document(source: str | Path) -> str:
     """The text of a .pdf, of stdin ("-"), or of any other file, which must be UTF-8.
 
+    White space at the end is dropped: models were trained with one blank line between a document and a question.
+
     Raises: DataError: missing, a folder, empty, not UTF-8, or a PDF that is encrypted, broken or has no text.
     """
+    return _read(source).rstrip()
+
+
+def _read(source: str | Path) -> str:
     if str(source) == "-":
         return _decode(_stdin().read(), "stdin")
     path = Path(source)

@@ -17,12 +17,12 @@ from locret.cli.options import (
     with_options,
 )
 from locret.cli.output import emit, note, progress, say, say_stream
-from locret.cli.session import as_json, note_stats, open_context, open_llm
+from locret.cli.session import Opened, compress_text, note_stats, open_context, open_llm
 from locret.documents import read_document
 from locret.errors import ConfigError
 
 if TYPE_CHECKING:
-    from locret.engine import LLM, Context, Output
+    from locret.engine import LLM
 
 
 @with_options
@@ -44,12 +44,11 @@ def generate(
     if file is not None:
         document = read_document(file)
         if len(asked) > 1:
-            llm = open_llm(model)
-            with progress("compressing") as report:
-                context = llm.compress(document, on_progress=report)
-            _answer_all(context, asked, sampling, output)
+            _answer_all(compress_text(open_llm(model), document), asked, sampling, output)
             return
-        text = f"{document.rstrip()}\n\n{asked[0]}" if asked else document
+        from locret.chat import JOIN
+
+        text = document + JOIN + asked[0] if asked else document
     elif prompt is not None and asked:
         raise ConfigError("--prompt and --question without a --file: give one of them, or the document with --file")
     elif len(asked) > 1:
@@ -87,34 +86,37 @@ def _prompt_or_stdin(prompt: str | None) -> str:
 
 def _generate_one(llm: LLM, text: str, sampling: SamplingOptions, output: OutputOptions) -> None:
     with progress("reading") as report:
-        if output.json:
-            emit(as_json(llm.generate(text, on_progress=report, **sampling.given())))
-            return
         stream = llm.stream(text, on_progress=report, **sampling.given())
-        first = next(iter(stream), "")  # the whole prefill happens here, under the bar
+        first = next(stream, "")  # the whole prefill happens here, under the bar
+    if output.json:
+        for _ in stream:
+            pass
+        emit(stream.output.to_dict())
+        return
     say(first, end="")
     say_stream(stream)
     note_stats(stream.output)
 
 
-def _answer_all(context: Context, questions: list[str], sampling: SamplingOptions, output: OutputOptions) -> None:
+def _answer_all(opened: Opened, questions: list[str], sampling: SamplingOptions, output: OutputOptions) -> None:
     """The context is unchanged by a question: each answer is what it would be alone."""
+    context = opened.context
     if output.json:
-        answers = [{"question": each, **as_json(context.ask(each, **sampling.given()))} for each in questions]
-        emit(_several(answers))
+        answers = [{"question": each, **context.ask(each, **sampling.given()).to_dict()} for each in questions]
+        emit(several(opened, answers))
         return
-    result: Output | None = None
     for each in questions:
         if len(questions) > 1:
             note(f"> {each}")
         stream = context.stream(each, **sampling.given())
         say_stream(stream)
-        result = stream.output
-    assert result is not None
-    note_stats(result)
+        note_stats(stream.output)
 
 
-def _several(answers: list[dict[str, Any]]) -> dict[str, Any]:
-    """The first answer's fields on top, where one answer has them, and every answer in `answers`."""
+def several(opened: Opened, answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Where one answer has its fields, the first one's; reading the document counts there; all of them in `answers`."""
     first = {name: value for name, value in answers[0].items() if name != "question"}
+    document = opened.to_dict()
+    first["prefill_seconds"] += document["prefill_seconds"]
+    first["peak_kv_bytes"] = max(document["peak_kv_bytes"], *(answer["peak_kv_bytes"] for answer in answers))
     return {**first, "answers": answers}

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 from locret.cli.options import ContextOption, FileOption, ModelOptions, OutputOptions, SamplingOptions, with_options
 from locret.cli.output import emit, note, say, say_stream
-from locret.cli.session import as_json, note_stats, open_context, open_llm
+from locret.cli.session import note_stats, open_context, open_llm
 from locret.errors import LocretError
 
 if TYPE_CHECKING:
-    from locret.engine import LLM, Context, Output
+    from locret.context import Context
+    from locret.decode import Output
+    from locret.engine import LLM
 
 _HELP = "/exit ends, /reset forgets the conversation, /stats shows the cache, /save FILE keeps it for --context"
 
@@ -60,9 +62,9 @@ def chat(
 def _turn(context: Context, message: str, sampling: SamplingOptions, output: OutputOptions) -> Output:
     if output.json:
         result = context.chat(message, **sampling.given())
-        emit(as_json(result), line=True)
+        emit(result.to_dict(), line=True)
         return result
-    stream = context.chat_stream(message, **sampling.given())
+    stream = context.reply(message, **sampling.given())
     say_stream(stream)
     return stream.output
 
@@ -70,7 +72,7 @@ def _turn(context: Context, message: str, sampling: SamplingOptions, output: Out
 def _start(llm: LLM, file: Path | None, context: Path | None) -> Context:
     if file is None and context is None:
         return llm.open()
-    return open_context(llm, file=file, context=context)
+    return open_context(llm, file=file, context=context).context
 
 
 def _save(context: Context, name: str) -> None:

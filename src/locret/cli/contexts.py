@@ -9,7 +9,7 @@ from typer import Option
 
 from locret.cli.options import FileOption, ModelOptions, OutputOptions, with_options
 from locret.cli.output import bytes_text, emit, say
-from locret.cli.session import context_json, open_context, open_llm
+from locret.cli.session import open_context, open_llm
 from locret.errors import ConfigError
 
 
@@ -23,14 +23,13 @@ def compress(
     """Compress a document into a saved context."""
     if destination is None:
         raise ConfigError("nowhere to save the context; add --output report.ctx")
-    llm = open_llm(model)
-    context = open_context(llm, file=file, context=None)
-    context.save(destination)
+    opened = open_context(open_llm(model), file=file, context=None)
+    opened.context.save(destination)
+    info = opened.to_dict()
     if output.json:
-        emit({"output": str(destination), "file_bytes": destination.stat().st_size, **context_json(context)})
+        emit({"output": str(destination), "file_bytes": destination.stat().st_size, **info})
     else:
-        info = context_json(context)
         say(
             f"{destination}: {info['prompt_tokens']:,} tokens in {bytes_text(info['kv_bytes'])} of KV cache "
-            f"(full: {bytes_text(info['kv_bytes_full'])}), {info['prefill_seconds']:.1f} s"
+            f"(full: {bytes_text(info['kv_bytes_full'])}), read in {info['prefill_seconds']:.1f} s"
         )

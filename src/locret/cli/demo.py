@@ -1,17 +1,22 @@
-"""`locret demo`: the embedded model answers questions about a long document from a cache 20 times smaller than the full one."""
+"""`locret demo`: questions about a long document, answered from a cache 20 times smaller than the full one."""
 
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
+from locret.cli.answer import several
 from locret.cli.options import ModelOptions, OutputOptions, with_options
-from locret.cli.output import bytes_text, emit, note, progress, say, table
-from locret.cli.session import as_json, open_llm
+from locret.cli.output import bytes_text, emit, note, say, table
+from locret.cli.session import compress_text, open_llm
 
-_SHRINK = 20  # the document's tokens per kept unit, unless --budget says otherwise
+if TYPE_CHECKING:
+    from locret.tasks.base import Sample
+
+_FAMILIES = ("number", "word", "fact", "passkey", "chain")
+_SHRINK = 20  # document tokens per kept unit, unless --budget says otherwise
 
 
 @with_options
@@ -22,50 +27,63 @@ def demo(
     seed: Annotated[int, Option("--seed", help="Another document, other facts, other questions.")] = 0,
 ) -> None:
     """Ask about facts planted in a long document, from one small KV cache; answers beside the truth."""
+    from locret.tasks.build import score
+
     began = time.perf_counter()
     llm = open_llm(model, **({} if model.budget else {"budget": max(64, tokens // _SHRINK)}))
-    document, asked = _document(llm, tokens, seed)
-    num_tokens = len(llm.backbone.tokenizer(document, add_special_tokens=False).input_ids)  # type: ignore[misc]
+    tokenizer: Any = llm.backbone.tokenizer
+    sample = planted(tokenizer, tokens, seed)
     note(
-        f"a document of {num_tokens:,} tokens with facts planted in it; {len(asked)} questions, unseen while it is read"
+        f"a document of {len(sample.document):,} tokens with {len(sample.questions)} facts planted in it; "
+        "the questions are asked after it has been read"
     )
-    with progress("reading") as report:
-        context = llm.compress(document, on_progress=report)
+    opened = compress_text(llm, tokenizer.decode(sample.document.tolist()))
     rows: list[dict[str, Any]] = []
-    first: dict[str, Any] = {}
-    for question, expected in asked:
-        answer = context.ask(question, max_new_tokens=48)
-        first = first or as_json(answer)
+    answers: list[dict[str, Any]] = []
+    for question in sample.questions:
+        answer = opened.context.ask(question.text, max_new_tokens=48)
+        answers.append({"question": question.text, **answer.to_dict()})
         rows.append(
             {
-                "question": question,
+                "question": question.text,
                 "answer": answer.text,
-                "expected": expected,
-                "correct": is_correct(answer.text, expected),
+                "expected": question.answer,
+                "correct": score(question.answer, answer.text, question.family) == 1.0,
             }
         )
     seconds = time.perf_counter() - began
     correct = sum(row["correct"] for row in rows)
     if output.json:
-        emit(
-            {
-                **first,
-                "document_tokens": num_tokens,
-                "correct": correct,
-                "seconds": round(seconds, 2),
-                "questions": rows,
-            }
-        )
+        result = several(opened, answers)
+        del result["answers"]  # `questions` says it all
+        tokens_read = len(sample.document)
+        emit({**result, "document_tokens": tokens_read, "correct": correct, "seconds": seconds, "questions": rows})
         return
-    marks = {True: "✓", False: "✗"}
     table(
         ("question", "answer", "truth", ""),
-        [(row["question"], row["answer"].strip(), row["expected"], marks[row["correct"]]) for row in rows],
+        [(row["question"], row["answer"].strip(), row["expected"], "✓" if row["correct"] else "✗") for row in rows],
     )
-    stats = context.stats
+    small, full = (opened.to_dict()[name] for name in ("kv_bytes", "kv_bytes_full"))
     say(
-        f"{correct} of {len(rows)} right from {bytes_text(stats.kv_bytes)} of KV cache; the full cache would be "
-        f"{bytes_text(stats.kv_bytes_full)}, {stats.kv_bytes_full / stats.kv_bytes:.1f} times as much.\n"
-        f"{num_tokens:,} tokens read and {len(rows)} questions answered in {seconds:.0f} s.\n"
-        'Now yours: locret generate --file report.txt --question "..." [--model FOLDER_OR_HUB_ID]'
+        f"{correct} of {len(rows)} right, from {bytes_text(small)} of KV cache; the full cache takes "
+        f"{bytes_text(full)}, {full / small:.1f} times as much.\n"
+        f"{len(sample.document):,} tokens read in {opened.seconds:.1f} s, all done in {seconds:.1f} s.\n"
+        'Now yours: locret generate --file report.txt --question "..."'
+    )
+
+
+def planted(tokenizer: Any, num_tokens: int, seed: int) -> Sample:
+    """A document that this project wrote, with facts in it and questions about them."""
+    from locret.tasks.build import build
+    from locret.tasks.filler import ProseFiller
+
+    return build(
+        "mixed",
+        seed=seed,
+        length=num_tokens,
+        tokenizer=tokenizer,
+        filler=ProseFiller.from_seed(seed, tokenizer),
+        num_questions=8,
+        num_facts=10,
+        families=_FAMILIES,
     )

@@ -9,10 +9,11 @@ from typer import Option
 
 from locret.cli.options import ContextOption, FileOption, ModelOptions, OutputOptions, with_options
 from locret.cli.output import console, emit, note, say
-from locret.cli.session import context_json, open_context, open_llm
+from locret.cli.session import open_context, open_llm
 
 if TYPE_CHECKING:
-    from locret.engine import LLM, Context
+    from locret.context import Context
+    from locret.engine import LLM
 
 
 @with_options
@@ -28,15 +29,16 @@ def inspect(
 ) -> None:
     """Show what was kept: shaded text in a terminal, what remains of the text in a pipe, a token table with --json."""
     llm = open_llm(model)
-    compressed = open_context(llm, file=file, context=context)
-    counts, pairs = kept_counts(compressed)
-    pieces = token_texts(llm, compressed.tokens)
+    opened = open_context(llm, file=file, context=context)
+    tokens = [int(token) for token in opened.context.ids]
+    counts, pairs = kept_counts(opened.context)
+    pieces = token_texts(llm, tokens)
     if output.json:
         rows = [
             {"position": at, "token": token, "text": piece, "kept": kept}
-            for at, (token, piece, kept) in enumerate(zip(compressed.tokens, pieces, counts, strict=True))
+            for at, (token, piece, kept) in enumerate(zip(tokens, pieces, counts, strict=True))
         ]
-        emit({"pairs": pairs, **context_json(compressed), "tokens": rows})
+        emit({"pairs": pairs, **opened.to_dict(), "tokens": rows})
         return
     view = console()
     if view.is_terminal:
@@ -48,15 +50,16 @@ def inspect(
 
 
 def kept_counts(context: Context) -> tuple[list[int], int]:
-    """Per token of the input: how many (layer, KV head) pairs keep it; and how many pairs there are."""
-    counts = [0] * len(context.tokens)
+    """Per token read: how many (layer, KV head) pairs keep it, of how many. Sliding-window layers do not count."""
+    import torch
+
+    counts = torch.zeros(context.seen, dtype=torch.int64)
     pairs = 0
-    for layer in context.kept():
-        for head in layer:
-            pairs += 1
-            for position in head:
-                counts[int(position)] += 1
-    return counts, pairs
+    for spec, positions in zip(context.llm.backbone.layers, context.kept(), strict=True):
+        if spec.window is None:
+            counts += torch.bincount(positions.flatten(), minlength=context.seen)
+            pairs += positions.shape[0]
+    return counts.tolist(), pairs
 
 
 def token_texts(llm: LLM, tokens: list[int]) -> list[str]:

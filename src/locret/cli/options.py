@@ -48,7 +48,7 @@ class ModelOptions:
         str | None,
         Option(
             "--budget",
-            help="KV units kept per layer and head (6000), bytes (2GiB) or a share of the prompt (5%) (default: 16384).",
+            help="Units per layer and KV head (6000), bytes (2GiB) or a share of the prompt (5%) (default: 16384).",
             rich_help_panel=_CACHE,
         ),
     ] = None
@@ -189,7 +189,7 @@ def with_options(verb: Callable[..., Any]) -> Callable[..., Any]:
         }
         return verb(**built, **given)
 
-    del run.__wrapped__  # type: ignore[attr-defined]  # typer would look through it at the verb's own signature
+    del run.__wrapped__  # typer would look through it at the verb's own signature
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     return run

@@ -1,8 +1,9 @@
-"""What the verbs that answer have in common: a loaded model, a compressed document, an output as JSON."""
+"""What the verbs that answer have in common: a loaded model, an opened context, a line of statistics."""
 
 from __future__ import annotations
 
-import dataclasses
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,9 @@ from locret.documents import read_document
 from locret.errors import ConfigError
 
 if TYPE_CHECKING:
-    from locret.engine import LLM, Context, Output
+    from locret.context import Context
+    from locret.decode import Output
+    from locret.engine import LLM
 
 
 def open_llm(options: ModelOptions, **overrides: Any) -> LLM:
@@ -23,23 +26,49 @@ def open_llm(options: ModelOptions, **overrides: Any) -> LLM:
     return locret.load(options.model, **{**options.load_options(), **overrides})
 
 
-def open_context(llm: LLM, *, file: Path | None, context: Path | None) -> Context:
+@dataclass(frozen=True)
+class Opened:
+    """A context and what it took to get it."""
+
+    context: Context
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Tokens, bytes and seconds, under the names that an output uses."""
+        from locret.decode import full_cache_bytes
+
+        context = self.context
+        return {
+            "prompt_tokens": context.seen,
+            "method": context.llm.method.name,
+            "budget": context.plan.budget,
+            "held": context.held,
+            "kv_bytes": context.kv_bytes,
+            "peak_kv_bytes": context.peak_kv_bytes,
+            "kv_bytes_full": full_cache_bytes(context.llm.backbone, context.seen),
+            "prefill_seconds": self.seconds,
+        }
+
+
+def open_context(llm: LLM, *, file: Path | None, context: Path | None) -> Opened:
     """A document, compressed now (`file`) or loaded as it was saved (`context`)."""
     if (file is None) == (context is None):
         raise ConfigError("give a document with --file, or a saved context with --context, and not both")
-    if context is not None:
-        from locret.engine import Context
+    if file is not None:
+        return compress_text(llm, read_document(file))
+    from locret.context import Context
 
-        return Context.load(context, llm)
-    assert file is not None
-    document = read_document(file)
-    with progress("compressing") as report:
-        return llm.compress(document, on_progress=report)
+    assert context is not None
+    started = time.perf_counter()
+    return Opened(Context.load(context, llm), time.perf_counter() - started)
 
 
-def as_json(output: Output) -> dict[str, Any]:
-    """One flat object: text, finish_reason and every field of the stats."""
-    return {"text": output.text, "finish_reason": output.finish_reason, **dataclasses.asdict(output.stats)}
+def compress_text(llm: LLM, document: str) -> Opened:
+    """`LLM.compress` under a progress bar, timed."""
+    started = time.perf_counter()
+    with progress("reading") as report:
+        context = llm.compress(document, on_progress=report)
+    return Opened(context, time.perf_counter() - started)
 
 
 def note_stats(output: Output) -> None:
@@ -58,10 +87,3 @@ def quiet_transformers() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def context_json(context: Context) -> dict[str, Any]:
-    """What a compressed document took: tokens, bytes, seconds."""
-    stats = dataclasses.asdict(context.stats)
-    names = ("prompt_tokens", "method", "budget", "kv_bytes", "peak_kv_bytes", "kv_bytes_full", "prefill_seconds")
-    return {name: stats[name] for name in names}
