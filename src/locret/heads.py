@@ -186,8 +186,13 @@ class RetainingHeads(nn.Module):
         text = json.dumps(dataclasses.asdict(self.config), indent=2, sort_keys=True) + "\n"
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         _check_finite(tensors, "not saved: ")
-        atomic_write(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"config": text}))
-        write_text(folder / CONFIG_FILE, text)
+        try:
+            atomic_write(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"config": text}))
+            write_text(folder / CONFIG_FILE, text)
+        except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own class
+            raise HeadsError(
+                f"heads in {folder} cannot be written: {_first_line(error)}; the old ones are untouched"
+            ) from error
 
     @classmethod
     def from_pretrained(
@@ -316,7 +321,8 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         values = _torch_load(path)
     except Exception as error:  # torch.load raises pickle, zip, EOF, runtime and key errors for broken files
         raise HeadsError(
-            f"{path} ({path.stat().st_size} bytes) is truncated, or not a file of plain tensors: {_first_line(error)}"
+            f"{path} ({path.stat().st_size} bytes) is truncated, or not a file of plain tensors "
+            f"({type(error).__name__}); copy or download it again"
         ) from error
     if not isinstance(values, dict):
         raise HeadsError(f"{path} holds a {type(values).__name__}; expected a dictionary of tensors (a state dict)")

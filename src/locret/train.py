@@ -46,7 +46,7 @@ from locret.config import strict
 from locret.data import Sample, Samples, shuffled
 from locret.errors import ConfigError, DataError, HeadsError, NumericsError
 from locret.files import atomic_write, write_text
-from locret.heads import HeadsConfig, RetainingHeads
+from locret.heads import CONFIG_FILE, WEIGHTS_FILE, HeadsConfig, RetainingHeads
 from locret.kernels.attention import prefix_causal_attention
 from locret.labels import importance_labels
 
@@ -312,7 +312,7 @@ class _Run:
             return self._result(None)
         held_out = list(self._fitting(self.samples[i] for i in self.held_out))
         started = time.perf_counter() - self.state.seconds
-        self.window = _Window()
+        self.window.start = time.perf_counter()
         with contextlib.closing(self._stream()) as stream:
             while self.state.step < self.config.steps and not caught:
                 self._step(stream)
@@ -349,6 +349,9 @@ class _Run:
 
     def _start(self, resume: bool) -> None:
         path = self.output / CHECKPOINT_FILE
+        for name in (CHECKPOINT_FILE, CONFIG_FILE, WEIGHTS_FILE, LOG_FILE):
+            for stale in self.output.glob(f".{name}.*.tmp"):  # a kill -9 while it was written
+                stale.unlink()
         if not resume:
             path.unlink(missing_ok=True)
         if path.exists():
@@ -449,17 +452,8 @@ class _Run:
         return self.state.step % every == 0
 
     def _read_losses(self) -> None:
-        """The only place where training waits for the device. Raises NumericsError for a loss that is not finite."""
-        window = self.window
-        if not window.losses:
-            return
-        losses = torch.stack(window.losses)
-        for name, loss in zip(window.names, losses.tolist()):
-            if not math.isfinite(loss):
-                raise NumericsError(
-                    f"{name}: the loss is {loss} by step {self.state.step}; the last checkpoint is from before. "
-                    "Lower lr, run the backbone in float32 or bfloat16, or remove the sample"
-                )
+        """Log the mean loss of the steps since the last time."""
+        window, losses = self.window, self._finite_losses()
         self.state.loss = losses.double().mean().item()
         self.tokens_per_second = window.tokens / max(time.perf_counter() - window.start, 1e-9)
         self._log(
@@ -471,6 +465,17 @@ class _Run:
             seconds=round(self.state.seconds, 3),
         )
         self.window = _Window()
+
+    def _finite_losses(self) -> Tensor:
+        """The window's losses; here, and only here, training waits for the device. NumericsError names the sample."""
+        losses = torch.stack(self.window.losses).cpu() if self.window.losses else torch.zeros(0)
+        for name, loss in zip(self.window.names, losses.tolist()):
+            if not math.isfinite(loss):
+                raise NumericsError(
+                    f"{name}: the loss is {loss} by step {self.state.step}; the last checkpoint is from before. "
+                    "Lower lr, run the backbone in float32 or bfloat16, or remove the sample"
+                )
+        return losses
 
     def _evaluate(self, held_out: list[Sample]) -> None:
         """Top-10% overlap per head on the held-out samples."""
@@ -540,8 +545,8 @@ class _Run:
         return {"identity": {**identity, "data": self.samples.digest}}
 
     def _save_checkpoint(self) -> None:
-        self._read_losses()  # never save weights that a bad sample has made NaN
-        weights = {"heads": self.heads.state_dict(), "optimizer": self.optimizer.state_dict()}
+        losses = self._finite_losses()  # never save weights that a bad sample has made NaN
+        weights = {"heads": self.heads.state_dict(), "optimizer": self.optimizer.state_dict(), "losses": losses}
         self._write_checkpoint({**self._identity(), **weights})
 
     def _write_checkpoint(self, content: dict[str, Any]) -> None:
@@ -559,7 +564,9 @@ class _Run:
             content = torch.load(path, map_location="cpu", weights_only=True)
             identity, state = content["identity"], _State(**content["state"])
         except Exception as error:  # a broken file raises whatever zip, pickle or a missing key raise
-            raise HeadsError(f"{path} is broken: {error}; delete it, or start anew (resume off)") from error
+            raise HeadsError(
+                f"{path} is broken ({type(error).__name__}); delete it, or start anew (resume off)"
+            ) from error
         ours = self._identity()["identity"]
         wrong = [f"{k}: {identity.get(k)!r} there, {ours.get(k)!r} now" for k in ours if identity.get(k) != ours[k]]
         if wrong:
@@ -570,6 +577,8 @@ class _Run:
         if not state.finished:
             self.heads.load_state_dict(content["heads"], strict=True)
             self.optimizer.load_state_dict(content["optimizer"])
+            losses = content["losses"].to(self.backbone.device)
+            self.window = _Window(["a sample before the checkpoint"] * len(losses), list(losses))
 
     def _log(self, **values: Any) -> None:
         try:

@@ -1,0 +1,504 @@
+"""The trainer: the right labels, a loss that falls, and runs that can be killed and go on bit for bit."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_byte_tokenizer, build_tiny_model
+from test_labels import naive
+from transformers import AttentionInterface
+
+from locret import train as train_module
+from locret.backbone import Backbone
+from locret.data import Sample, Samples
+from locret.errors import ConfigError, DataError, HeadsError, NumericsError
+from locret.heads import RetainingHeads
+from locret.kernels.attention import reference_attention
+from locret.labels import importance_labels
+from locret.train import CHECKPOINT_FILE, LOG_FILE, LabelContext, TrainConfig, layer_loss, top_overlap, train
+
+TINY = dict(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+SMALL = dict(steps=12, hidden_size=16, eval_samples=2, eval_every=6, log_every=3, checkpoint_every=4)
+FAMILIES = ["llama", "qwen3", "gemma2", "smollm3"]
+
+
+def make_backbone(family="llama", dtype=torch.float32) -> Backbone:
+    return Backbone(build_tiny_model(family, dtype, **TINY), build_byte_tokenizer())
+
+
+def make_samples(count=20, length=60, seed=0) -> list[Sample]:
+    rng = random.Random(seed)
+    ids = lambda n: [rng.randrange(8, 264) for _ in range(n)]
+    return [Sample(ids(rng.randrange(length // 2, length)), ids(rng.randrange(1, 9)), f"s{i}") for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return make_backbone()
+
+
+def weights_of(heads: RetainingHeads) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in heads.parameters()]
+
+
+def same(a: RetainingHeads, b: RetainingHeads) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+# ---------------------------------------------------------------------- labels in training
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_labels_in_training_are_the_logits_of_plain_attention(family):
+    """Layer by layer: the largest pre-softmax logit that any answer token gives a prompt key in the *unhooked* model,
+    run by transformers with its own RoPE, masks aside."""
+    backbone = make_backbone(family, torch.float64)
+    ids, prompt_len = torch.tensor([[*make_samples(1)[0].prompt_ids, 9, 10, 11, 12]]), 31
+    plain: dict[int, tuple[torch.Tensor, torch.Tensor, float, float | None]] = {}
+
+    def record(module, q, k, v, mask, scaling=None, softcap=None, sliding_window=None, **kwargs):
+        plain[module.layer_idx] = q, k, scaling, softcap
+        out = reference_attention(q, k, v, scale=scaling, softcap=softcap, window=sliding_window)
+        return out.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("record", record)
+    before = backbone.model.config._attn_implementation
+    backbone.model.set_attn_implementation("record")
+    with torch.no_grad():
+        backbone.model(ids, use_cache=False)
+    backbone.model.set_attn_implementation(before)
+
+    seen = {}
+    layers = range(backbone.num_layers)
+    rope = backbone.rope(ids.shape[1], prompt_len)
+    context = LabelContext(rope, layers, prompt_len, prompt_len, lambda i, q, k, v, y: seen.update({i: (q, k, v, y)}))
+    with torch.no_grad():
+        backbone.run(ids, context, logits=0)
+    for i in layers:
+        q, k, scale, softcap = plain[i]
+        want = naive(q, k, prompt_len, scale)
+        want = want if softcap is None else softcap * torch.tanh(want / softcap)
+        assert [x.shape[2] for x in seen[i]] == [prompt_len] * 4
+        torch.testing.assert_close(seen[i][3].double(), want, atol=1e-5, rtol=1e-5)
+
+
+def test_heads_see_the_projections_before_rope():
+    backbone, seen, projected = make_backbone("llama"), {}, {}
+    for i, layer in enumerate(backbone.model.model.layers):
+        for name in ("q_proj", "k_proj", "v_proj"):
+            getattr(layer.self_attn, name).register_forward_hook(
+                lambda m, a, out, key=(i, name): projected.update({key: out})
+            )
+    ids = torch.tensor([make_samples(1)[0].prompt_ids])
+    context = LabelContext(
+        backbone.rope(ids.shape[1], 20), [0, 1], 20, 20, lambda i, q, k, v, y: seen.update({i: (q, k, v)})
+    )
+    with torch.no_grad():
+        backbone.run(ids, context, logits=0)
+    for i in range(2):
+        for x, name in zip(seen[i], ("q_proj", "k_proj", "v_proj")):
+            assert torch.equal(x.transpose(1, 2).flatten(2), projected[i, name][:, :20])
+
+
+def test_truncation_learns_from_the_first_tokens_with_the_labels_of_the_whole_prompt(backbone, monkeypatch):
+    """As released: labels come from the full prompt and answer, then both are cut."""
+    sample, shapes = make_samples(1, length=80)[0], []
+    whole = importance_labels
+    monkeypatch.setattr(
+        train_module, "layer_loss", lambda s, y, *a: shapes.append((s.shape, y)) or layer_loss(s, y, *a)
+    )
+    monkeypatch.setattr(
+        train_module, "importance_labels", lambda *a, **k: shapes.append(whole(*a, **k)) or whole(*a, **k)
+    )
+    samples = Samples([sample], None)
+    run = train_module._Run(backbone, samples, Path("unused"), TrainConfig(max_length=10, truncate=True, steps=1))
+    run._learn(sample)
+    for full, (shape, cut) in zip(shapes[::2], shapes[1::2]):
+        assert shape == (1, 2, 10)
+        assert torch.equal(cut, full[:, :, :10])
+        assert full.shape[2] == len(sample.prompt_ids)
+
+
+# ---------------------------------------------------------------------- the loss
+
+
+def test_the_loss_is_the_released_one():
+    """SmoothL1: a mean over layers; smoothness: a sum over layers, weight 0.0025."""
+    g = torch.Generator().manual_seed(0)
+    scores, labels = torch.randn(3, 1, 2, 9, generator=g) * 3, torch.randn(3, 1, 2, 9, generator=g)
+    got = sum(layer_loss(s, y, 3, 0.0025) for s, y in zip(scores, labels))
+    error = (scores - labels).abs()
+    fit = torch.where(error < 1, error**2 / 2, error - 0.5).mean()
+    steps = sum(((s[..., 1:] - s[..., :-1]) ** 2).mean() for s in scores)
+    assert got.item() == pytest.approx((fit + 0.0025 * steps).item(), rel=1e-5)
+
+
+def test_gradients_are_those_of_one_loss_over_all_layers(backbone):
+    """Backward inside each layer = backward of the summed loss after the pass."""
+    sample = make_samples(1)[0]
+    run = train_module._Run(backbone, Samples([sample], None), Path("unused"), TrainConfig(hidden_size=16))
+    loss = run._learn(sample)
+    got = [p.grad.clone() for p in run.weights]
+    inputs = {}
+    run._forward(sample, lambda i, *tensors: inputs.update({i: tensors}))
+    run.optimizer.zero_grad()
+    total = sum(layer_loss(run.heads.score(i, q, k, v), y, len(inputs), 0.0025) for i, (q, k, v, y) in inputs.items())
+    total.backward()
+    assert loss.item() == pytest.approx(total.item(), rel=1e-6)
+    for a, p in zip(got, run.weights):
+        torch.testing.assert_close(a, p.grad)
+
+
+def test_a_prompt_of_one_token_has_a_finite_loss(backbone, tmp_path):
+    result = train(backbone, [Sample([9], [10])], tmp_path, TrainConfig(steps=2, hidden_size=16, eval_samples=0))
+    assert math.isfinite(result.loss)
+
+
+def test_top_overlap_counts_common_positions():
+    labels = torch.arange(40.0).expand(2, 40)
+    scores = labels.clone()
+    scores[1, :4], scores[1, 38:] = 100, 0  # of the label's top 4 (36..39) only none is left in the top 4
+    assert top_overlap(scores, labels).tolist() == [1.0, 0.0]
+    scores[1, :2] = 0
+    assert top_overlap(scores, labels).tolist() == [1.0, 0.5]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_the_loss_falls_and_heads_find_the_important_tokens(family, tmp_path):
+    """Overfit four samples: the labels are functions of the inputs, so the heads can learn them."""
+    backbone = make_backbone(family)
+    config = TrainConfig(steps=150, lr=1e-2, hidden_size=64, eval_samples=0, log_every=10)
+    data = make_samples(4, length=40)
+    result = train(backbone, data, tmp_path, config)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / LOG_FILE).read_text().splitlines()]
+    assert result.loss < 0.5 * losses[0]
+    overlaps = []
+    run = train_module._Run(backbone, Samples(data, None), tmp_path, config)
+    for sample in data:
+        run._forward(
+            sample, lambda i, q, k, v, y: overlaps.append(top_overlap(result.heads.score(i, q, k, v), y).mean())
+        )
+    assert torch.stack(overlaps).mean() > 0.5  # chance: 0.1
+
+
+# ---------------------------------------------------------------------- output
+
+
+def test_training_writes_heads_a_log_and_a_small_mark(backbone, tmp_path):
+    progress = []
+    result = train(backbone, make_samples(), tmp_path, TrainConfig(**SMALL), on_progress=progress.append)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [CHECKPOINT_FILE, "config.json", "heads.safetensors", LOG_FILE]
+    assert (tmp_path / CHECKPOINT_FILE).stat().st_size < 8000  # finished: no weights, no optimizer
+    loaded = RetainingHeads.from_pretrained(tmp_path)
+    loaded.check(backbone)
+    assert same(loaded, result.heads)
+    assert [p.step for p in progress] == list(range(1, 13))
+    assert progress[-1].loss == result.loss
+    assert progress[-1].overlap == result.overlap == pytest.approx(torch.tensor(result.overlap_per_head).mean().item())
+    records = [json.loads(line) for line in (tmp_path / LOG_FILE).read_text().splitlines()]
+    assert [r["step"] for r in records if "loss" in r] == [3, 6, 9, 12]
+    assert [r["step"] for r in records if "overlap" in r] == [6, 12]
+    assert loaded.config.training["config"]["steps"] == 12
+    assert "trained 12 steps" in result.summary()
+
+
+def test_the_backbone_is_left_as_it_was(backbone, tmp_path):
+    before = [p.clone() for p in backbone.model.parameters()]
+    backbone.model.train()
+    train(backbone, make_samples(), tmp_path, TrainConfig(**SMALL))
+    assert backbone.model.training
+    backbone.model.eval()
+    assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, backbone.model.parameters()))
+
+
+def test_layers_with_a_window_are_not_trained(tmp_path):
+    """They keep their window and take no budget; their heads are zero, not random."""
+    backbone = make_backbone("gemma3")
+    windows = [spec.window for spec in backbone.layers]
+    assert None in windows and any(windows)  # noqa: PT018
+    heads = train(backbone, make_samples(), tmp_path, TrainConfig(**SMALL)).heads
+    assert [bool(heads.layers[i].fc1.weight.any()) for i in range(len(windows))] == [w is None for w in windows]
+
+
+def test_a_bf16_backbone_trains_fp32_heads(tmp_path):
+    result = train(make_backbone("llama", torch.bfloat16), make_samples(), tmp_path, TrainConfig(**SMALL))
+    assert {p.dtype for p in result.heads.parameters()} == {torch.float32}
+    assert math.isfinite(result.loss)
+
+
+def test_accumulation_averages_samples(backbone, tmp_path):
+    """One step over two samples = the mean of their gradients."""
+    data = make_samples(2)
+    run = train_module._Run(backbone, Samples(data, None), tmp_path, TrainConfig(hidden_size=16, accumulate=2))
+    for sample in data:
+        run._learn(sample)
+    both = [p.grad.clone() for p in run.weights]
+    single = train_module._Run(backbone, Samples(data, None), tmp_path, TrainConfig(hidden_size=16))
+    for sample in data:
+        single._learn(sample)
+    for a, p in zip(both, single.weights):
+        torch.testing.assert_close(a, p.grad / 2)
+
+
+def test_samples_come_from_files_through_the_chat_template(backbone, tmp_path):
+    lines = [json.dumps({"prompt": f"say {word}", "answer": word}) for word in ("one", "two", "three", "four")]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    result = train(backbone, str(tmp_path / "a.jsonl"), tmp_path / "out", TrainConfig(steps=5, hidden_size=16))
+    assert result.finished
+    assert result.heads.config.training["data"] == ["a.jsonl"]
+
+
+# ---------------------------------------------------------------------- data that does not fit
+
+
+def test_long_samples_are_skipped_and_counted(backbone, tmp_path):
+    data = [*make_samples(6, length=20), *make_samples(3, length=200, seed=1)]
+    result = train(backbone, data, tmp_path, TrainConfig(steps=18, hidden_size=16, eval_samples=0, max_length=50))
+    assert result.skipped == 3  # once each, though three epochs went by
+    assert "3 samples over max_length skipped" in result.summary()
+
+
+def test_only_long_samples_is_an_error(backbone, tmp_path):
+    with pytest.raises(DataError, match="all 3 samples have prompts of more than max_length 5 tokens"):
+        train(backbone, make_samples(3), tmp_path, TrainConfig(steps=2, max_length=5))
+
+
+def test_ids_outside_the_vocabulary_are_named(backbone, tmp_path):
+    with pytest.raises(DataError, match="bad: token id 264, but the backbone knows 0 to 263"):
+        train(backbone, [Sample([1, 264], [3], "bad")], tmp_path, TrainConfig(steps=2))
+
+
+def test_a_loss_that_is_not_finite_names_the_sample(backbone, tmp_path, monkeypatch):
+    """And the checkpoint from before it is not overwritten with NaN weights."""
+
+    def poisoned(q, k, prompt_len, scale, **kw):
+        labels = importance_labels(q, k, prompt_len, scale, **kw)
+        return labels * float("nan") if prompt_len == 77 else labels
+
+    monkeypatch.setattr(train_module, "importance_labels", poisoned)
+    data = [*make_samples(20), Sample([9] * 77, [10], "poison.jsonl:5")]
+    with pytest.raises(NumericsError, match=r"poison\.jsonl:5: the loss is nan"):
+        train(backbone, data, tmp_path, TrainConfig(**{**SMALL, "steps": 60, "log_every": 50}))
+    saved = torch.load(tmp_path / CHECKPOINT_FILE, weights_only=True)
+    assert all(torch.isfinite(w).all() for w in saved["heads"].values())
+    assert not (tmp_path / "heads.safetensors").exists()
+
+
+# ---------------------------------------------------------------------- stopping and going on
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(step: int):
+    def report(progress):
+        if progress.step == step:
+            raise Stop
+
+    return report
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(backbone, tmp_path):
+    data, config = make_samples(7), TrainConfig(**{**SMALL, "steps": 20, "accumulate": 2, "eval_samples": 1})
+    whole = train(backbone, data, tmp_path / "whole", config)
+    for step in (6, 7, 17):  # checkpoints are at 4, 8, 12, 16
+        with pytest.raises(Stop):
+            train(backbone, data, tmp_path / "parts", config, on_progress=stop_at(step))
+    parts = train(backbone, data, tmp_path / "parts", config)
+    assert same(whole.heads, parts.heads)
+    assert (whole.loss, whole.overlap, whole.skipped) == (parts.loss, parts.overlap, parts.skipped)
+    steps = [[json.loads(line)["step"] for line in (tmp_path / n / LOG_FILE).read_text().splitlines()]
+             for n in ("whole", "parts")]  # fmt: skip
+    assert steps[0] == steps[1]
+
+
+CHILD = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from test_train import *
+torch.set_num_threads(1)
+with train_module.progress_bar() as report:
+    def slow(progress):
+        report(progress)
+        time.sleep({pause})
+    result = train(make_backbone(), make_samples(9), {output!r}, TrainConfig(**CHILD_CONFIG), on_progress=slow)
+print(result.summary())
+"""
+CHILD_CONFIG = {**SMALL, "steps": 60, "eval_samples": 2, "checkpoint_every": 5}
+
+
+@pytest.fixture
+def one_thread():
+    """As the child: a sum's order must not depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def start_child(output: Path, pause: float) -> subprocess.Popen[str]:
+    code = CHILD.format(tests=str(Path(__file__).parent), output=str(output), pause=pause)
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_run_killed_for_real_goes_on_bit_for_bit(number, tmp_path, one_thread):
+    """kill -9 loses the steps since the last checkpoint; SIGTERM and Ctrl-C save one and say so. The weights file is
+    byte for byte that of a run that nobody disturbed."""
+    child = start_child(tmp_path / "out", 0.05)
+    deadline = time.time() + 120
+    log = tmp_path / "out" / LOG_FILE
+    while not (log.exists() and len(log.read_text().splitlines()) > 5):  # in the middle, past a checkpoint
+        assert child.poll() is None, child.stdout.read()
+        assert time.time() < deadline
+        time.sleep(0.02)
+    os.kill(child.pid, number)
+    text = child.communicate(timeout=60)[0]
+    state = torch.load(tmp_path / "out" / CHECKPOINT_FILE, weights_only=True)["state"]
+    assert 5 <= state["step"] < 60
+    if number == signal.SIGKILL:
+        assert child.returncode == -signal.SIGKILL
+        assert state["step"] % 5 == 0
+    else:
+        assert child.returncode == 0
+        assert f"stopped by {number.name} at step {state['step']} of 60; checkpoint saved in" in " ".join(text.split())
+    assert not (tmp_path / "out" / "heads.safetensors").exists()
+    for name in ("out", "undisturbed"):
+        assert train(make_backbone(), make_samples(9), tmp_path / name, TrainConfig(**CHILD_CONFIG)).finished
+    assert [p.name for p in (tmp_path / "out").iterdir() if p.suffix == ".tmp"] == []
+    ours, theirs = (
+        (folder / "heads.safetensors").read_bytes() for folder in (tmp_path / "out", tmp_path / "undisturbed")
+    )
+    assert ours == theirs
+
+
+def test_a_finished_run_is_not_run_again(backbone, tmp_path):
+    first = train(backbone, make_samples(), tmp_path, TrainConfig(**SMALL))
+    before = (tmp_path / "heads.safetensors").read_bytes()
+    second = train(backbone, make_samples(), tmp_path, TrainConfig(**SMALL), on_progress=stop_at(1))
+    assert second.finished
+    assert same(first.heads, second.heads)
+    assert (second.loss, second.overlap, second.step) == (first.loss, first.overlap, 12)
+    assert (tmp_path / "heads.safetensors").read_bytes() == before
+
+
+def test_half_written_files_of_a_killed_run_are_removed(backbone, tmp_path):
+    (tmp_path / f".{CHECKPOINT_FILE}.x1y2.tmp").write_bytes(b"half")
+    (tmp_path / ".mine.tmp").write_bytes(b"")
+    train(backbone, make_samples(), tmp_path, TrainConfig(**SMALL))
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == [".mine.tmp"]
+
+
+def test_resume_off_starts_anew(backbone, tmp_path):
+    with pytest.raises(Stop):
+        train(backbone, make_samples(), tmp_path, TrainConfig(**SMALL), on_progress=stop_at(9))
+    seen = []
+    train(backbone, make_samples(), tmp_path, TrainConfig(**SMALL), on_progress=seen.append, resume=False)
+    assert seen[0].step == 1
+    assert json.loads((tmp_path / LOG_FILE).read_text().splitlines()[0])["step"] == 3
+
+
+def test_a_checkpoint_of_another_run_is_refused(backbone, tmp_path):
+    with pytest.raises(Stop):
+        train(backbone, make_samples(), tmp_path, TrainConfig(**SMALL), on_progress=stop_at(5))
+    with pytest.raises(ConfigError, match=r"is of another run: option lr: 0\.0005 there, 0\.001 now"):
+        train(backbone, make_samples(), tmp_path, TrainConfig(**SMALL, lr=1e-3))
+    with pytest.raises(ConfigError, match="is of another run: data: "):
+        train(backbone, make_samples(seed=3), tmp_path, TrainConfig(**SMALL))
+    with pytest.raises(ConfigError, match="backbone architecture: 'LlamaForCausalLM' there, 'Qwen3ForCausalLM' now"):
+        train(make_backbone("qwen3"), make_samples(), tmp_path, TrainConfig(**SMALL))
+    train(backbone, make_samples(), tmp_path, TrainConfig(**{**SMALL, "log_every": 1}))  # this one may change
+
+
+def test_a_broken_checkpoint_says_what_to_do(backbone, tmp_path):
+    (tmp_path / CHECKPOINT_FILE).write_bytes(b"not a checkpoint")
+    with pytest.raises(HeadsError, match=r"checkpoint\.pt is broken \(\w+\); delete it"):
+        train(backbone, make_samples(), tmp_path, TrainConfig(**SMALL))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(backbone, tmp_path, monkeypatch):
+    save, calls = torch.save, []
+
+    def full(content, path):
+        calls.append(path)
+        if len(calls) == 2:
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(content, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    config = TrainConfig(**SMALL)
+    with pytest.raises(HeadsError, match=r"cannot be written: .*No space left.*untouched"):
+        train(backbone, make_samples(), tmp_path / "out", config)
+    assert torch.load(tmp_path / "out" / CHECKPOINT_FILE, weights_only=True)["state"]["step"] == 4
+    monkeypatch.undo()
+    resumed = train(backbone, make_samples(), tmp_path / "out", config)
+    assert same(resumed.heads, train(backbone, make_samples(), tmp_path / "whole", config).heads)
+
+
+# ---------------------------------------------------------------------- options
+
+
+def test_the_schedule_rises_and_falls():
+    config = TrainConfig(steps=100, lr=1.0)
+    rates = [config.lr_at(step) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
+    assert rates[10:] == pytest.approx([n / 90 for n in range(90, 0, -1)])
+    assert TrainConfig(steps=5, warmup_steps=5).lr_at(4) == 5e-4
+    assert TrainConfig(steps=5, warmup_steps=0).lr_at(0) == 5e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"step": 5}, "unknown option 'step'; valid: .*did you mean 'steps'"),
+        ({"steps": 0}, "steps is 0; it must be a whole number of at least 1"),
+        ({"steps": 2.5}, "steps is 2.5"),
+        ({"lr": "fast"}, "lr is 'fast'; it must be above 0"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"betas": [0.9, 1.0]}, r"betas is \[0.9, 1.0\]; it must be two numbers in"),
+        ({"warmup_steps": 11, "steps": 10}, "warmup_steps is 11; it must be 0 to 10"),
+        ({"truncate": 1}, "truncate is 1; it must be true or false"),
+        ({"accumulate": True}, "accumulate is True"),
+    ],
+)
+def test_bad_options_are_errors(options, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig.from_dict(options)
+
+
+def test_options_come_from_toml(tmp_path):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('model = "m"\n[train]\nsteps = 7\nbetas = [0.8, 0.9]\ntruncate = true\n')
+    assert TrainConfig.from_toml(recipe, steps=8, lr=None) == TrainConfig(steps=8, betas=(0.8, 0.9), truncate=True)
+    recipe.write_text("steps = 7\nlearning_rate = 1\n")
+    with pytest.raises(ConfigError, match="unknown option 'learning_rate'"):
+        TrainConfig.from_toml(recipe)
+    recipe.write_text("steps =")
+    with pytest.raises(ConfigError, match=r"r\.toml cannot be read as TOML"):
+        TrainConfig.from_toml(recipe)
+
+
+def test_holding_everything_out_is_an_error(backbone, tmp_path):
+    with pytest.raises(ConfigError, match="eval_samples 3 of 3 samples leave none to train on"):
+        train(backbone, make_samples(3), tmp_path, TrainConfig(eval_samples=3))
+
+
+def test_held_out_samples_are_never_trained_on(backbone, tmp_path, monkeypatch):
+    learned = set()
+    learn = train_module._Run._learn
+    monkeypatch.setattr(train_module._Run, "_learn", lambda self, s: learned.add(s.name) or learn(self, s))
+    train(backbone, make_samples(10), tmp_path, TrainConfig(**{**SMALL, "steps": 30, "eval_samples": 3}))
+    assert len(learned) == 7
