@@ -502,3 +502,43 @@ def test_held_out_samples_are_never_trained_on(backbone, tmp_path, monkeypatch):
     monkeypatch.setattr(train_module._Run, "_learn", lambda self, s: learned.add(s.name) or learn(self, s))
     train(backbone, make_samples(10), tmp_path, TrainConfig(**{**SMALL, "steps": 30, "eval_samples": 3}))
     assert len(learned) == 7
+
+
+# ---------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+def test_a_cuda_run_learns_what_a_cpu_run_learns(tmp_path):
+    """fp32 on both: other kernels, the same arithmetic. Then bf16, stopped and resumed."""
+    results = []
+    for device in ("cpu", "cuda"):
+        backbone = Backbone(build_tiny_model("qwen3", **TINY).to(device), build_byte_tokenizer())
+        results.append(train(backbone, make_samples(), tmp_path / device, TrainConfig(**SMALL)))
+    assert results[0].loss == pytest.approx(results[1].loss, rel=1e-4)
+    for a, b in zip(*(r.heads.parameters() for r in results)):
+        torch.testing.assert_close(
+            a, b.cpu(), atol=2e-3, rtol=0
+        )  # Adam's first steps are sign-like: noise of lr's size
+    backbone = Backbone(build_tiny_model("qwen3", torch.bfloat16, **TINY).cuda(), build_byte_tokenizer())
+    with pytest.raises(Stop):
+        train(backbone, make_samples(), tmp_path / "bf16", TrainConfig(**SMALL), on_progress=stop_at(6))
+    assert math.isfinite(train(backbone, make_samples(), tmp_path / "bf16", TrainConfig(**SMALL)).loss)
+
+
+@pytest.mark.gpu
+def test_a_small_model_trains_ten_steps_a_second_at_4096_tokens(tmp_path):
+    """8 layers of width 384, bf16, on a Hopper GPU; the first steps warm up."""
+    shape = dict(hidden_size=384, num_hidden_layers=8, num_attention_heads=6, num_key_value_heads=2, head_dim=64)
+    model = build_tiny_model("qwen3", torch.bfloat16, **shape, intermediate_size=1024, max_position_embeddings=16384)
+    backbone = Backbone(model.cuda(), build_byte_tokenizer())
+    rng = random.Random(0)
+    ids = lambda n: [rng.randrange(8, 264) for _ in range(n)]
+    data = [Sample(ids(4096 - rng.randrange(100)), ids(30)) for _ in range(40)]
+    times = []
+    config = TrainConfig(steps=120, eval_samples=4, eval_every=60, checkpoint_every=60)
+    torch.cuda.reset_peak_memory_stats()
+    train(backbone, data, tmp_path, config, on_progress=lambda p: times.append(time.perf_counter()))
+    rate = 80 / (times[-1] - times[39])
+    peak = torch.cuda.max_memory_allocated() / 2**20
+    print(f"{rate:.1f} steps/s, peak {peak:.0f} MiB")
+    assert rate > 10

@@ -27,6 +27,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import shutil
 import signal
 import threading
 import time
@@ -555,8 +556,10 @@ class _Run:
         try:
             atomic_write(path, lambda temporary: torch.save(content, temporary))
         except (OSError, RuntimeError) as error:  # torch's zip writer wraps a full disk in a RuntimeError
+            free = shutil.disk_usage(self.output).free / 2**20
             raise HeadsError(
-                f"{path} cannot be written: {error}; the checkpoint that was there is untouched"
+                f"{path} cannot be written: {error}; {free:,.0f} MiB are free there. The checkpoint that was there is "
+                "untouched: make room, and the same command goes on from it"
             ) from error
 
     def _load_checkpoint(self, path: Path) -> None:
