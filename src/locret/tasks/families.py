@@ -1,0 +1,365 @@
+"""The kinds of facts: what is stated, what is asked, and that the answer is never ambiguous.
+
+A `World` is what one document knows so far: the keys, persons and variables in use. Every function `*_fact` invents one fact that
+does not clash with it. Hard distractors are made on purpose: keys that share a word with another key, a person with several
+relations, a key with both a number and a word.
+"""
+
+from __future__ import annotations
+
+import random
+import string
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from locret.errors import ConfigError
+from locret.tasks import wordings as w
+from locret.tasks.grammar import Flat, Pool, Rendered, check_wording, fill, fixed, flatten, parse
+from locret.tasks.relations import LABELLED, RELATIONS
+from locret.tasks.words import invented, towns, words
+
+UNMARKED = ("a", "label", "source")
+_LIST_OF = {
+    "profession": "professions",
+    "instrument": "instruments",
+    "subject": "subjects",
+    "animal": "animals",
+    "colour": "colours",
+    "dish": "dishes",
+    "language": "languages",
+    "word": "nouns",
+}
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A question that can be put in many words: `make(rng, wording)` gives its text."""
+
+    make: Callable[[random.Random, str], str]
+    answer: str
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Statements in document order, and the questions they answer."""
+
+    family: str
+    statements: tuple[Rendered, ...]
+    asks: tuple[Ask, ...]
+
+
+@dataclass
+class World:
+    """Names in use in one document. `wording` and `values` say which frames and words it may take."""
+
+    rng: random.Random
+    wording: str = "train"
+    values: str = "train"
+    keys: list[str] = field(default_factory=list)
+    persons: list[str] = field(default_factory=list)
+    used: set[str] = field(default_factory=set)
+    attributes: set[tuple[str, str]] = field(default_factory=set)  # (key or person, attribute) already stated
+
+    def __post_init__(self) -> None:
+        check_wording(self.wording)
+
+    def pick(self, section: str) -> str:
+        """A word of a list."""
+        options = words(section, self.values)
+        return options[int(self.rng.random() * len(options))]
+
+    def fresh(self, make: Callable[[], str]) -> str:
+        """A string of this kind that the document does not have yet."""
+        for _ in range(200):
+            found = make()
+            if found not in self.used:
+                self.used.add(found)
+                return found
+        raise ConfigError("no unused name left for another fact; lower num_facts")
+
+    def new_key(self) -> str:
+        """A key for a value: mostly adjective-noun, sometimes close to a key that exists."""
+        key = self.fresh(self._any_key)
+        self.keys.append(key)
+        return key
+
+    def pair_key(self) -> str:
+        """An adjective-noun key, as RULER has them."""
+        rng = self.rng
+        if self.keys and rng.random() < 0.3:
+            near = self.keys[int(rng.random() * len(self.keys))].split("-")
+            if len(near) == 2 and near[0].islower() and near[1].islower():
+                if rng.random() < 0.5:
+                    return f"{near[0]}-{self.pick('nouns')}"
+                return f"{self.pick('adjectives')}-{near[1]}"
+        return f"{self.pick('adjectives')}-{self.pick('nouns')}"
+
+    def _any_key(self) -> str:
+        rng = self.rng
+        if self.wording == "official" or rng.random() < 0.85:
+            return self.pair_key()
+        kind = int(rng.random() * 8)
+        if kind == 0:
+            return f"{''.join(rng.choices(string.ascii_uppercase, k=2))}-{rng.randrange(10, 100)}"
+        if kind == 1:
+            return f"Project {self.pick('projects')}"
+        if kind == 2:
+            return f"the {self.pick('departments')} department"
+        if kind == 3:
+            return f"room {rng.randrange(100, 1000)}"
+        if kind == 4:
+            return invented(rng)
+        if kind == 5:
+            return f"the {self.pick('adjectives')} {self.pick('nouns')}"
+        if kind == 6:
+            return f"{self.pick('nouns')} {rng.randrange(2, 100)}"
+        return self.value("town") if rng.random() < 0.5 else self.pick("nouns")
+
+    def new_person(self) -> str:
+        """First and last name; sometimes they share one of the two with somebody else."""
+
+        def make() -> str:
+            first, last = self.pick("first"), self.pick("last")
+            if self.persons and self.rng.random() < 0.25:
+                other = self.persons[int(self.rng.random() * len(self.persons))].split(" ")
+                if self.rng.random() < 0.5:
+                    first = other[0]
+                else:
+                    last = other[1]
+            return f"{first} {last}"
+
+        person = self.fresh(make)
+        self.persons.append(person)
+        return person
+
+    def digits(self, count: int) -> str:
+        """A number of so many digits that the document does not have yet."""
+        return self.fresh(lambda: str(self.rng.randrange(10 ** (count - 1), 10**count)))
+
+    def value(self, kind: str) -> str:
+        """A value of a relation: "town", "profession", "company", "year", "digits4", "word" ..."""
+        rng = self.rng
+        if kind == "town":
+            names = towns(self.values)
+            return names[int(rng.random() * len(names))]
+        if kind == "company":
+            return f"{self.pick('last')} {self.pick('trades')}"
+        if kind == "year":
+            return str(rng.randrange(1820, 2005))
+        if kind == "digits4":
+            return self.digits(4)
+        return self.pick(_LIST_OF[kind])
+
+    def variable(self) -> str:
+        """The name of a variable: five capitals as in RULER, sometimes another kind."""
+
+        def make() -> str:
+            rng = self.rng
+            if self.wording == "official" or rng.random() < 0.8:
+                return "".join(rng.choices(string.ascii_uppercase, k=5))
+            if rng.random() < 0.5:
+                return "".join(rng.choices(string.ascii_uppercase, k=rng.choice((3, 4, 6))))
+            return f"{self.pick('adjectives')}_{self.pick('nouns')}"
+
+        return self.fresh(make)
+
+
+# ---- key -> number, word, uuid ------------------------------------------------------------------------------------
+
+_ATTRS = {"number": w.NUMBER, "word": w.WORD, "uuid": w.UUID}
+
+
+def keyed_statement(
+    rng: random.Random, attribute: str, wording: str
+) -> tuple[Flat, str]:
+    """A frame that states the value of a key, all but key and value fixed, and the name it gives the attribute."""
+    if wording == "official":
+        return fixed(w.OFFICIAL_KEYED[attribute]), attribute
+    attr = _text(rng, _ATTRS[attribute], wording)
+    if wording in ("train", "any") and rng.random() < 0.06:
+        return fixed(w.OFFICIAL_KEYED[attribute]), attribute
+    return _stated(rng, w.KEYED, {"attr": Pool((attr,), ())}, wording), attr
+
+
+def keyed_ask(key: str, attribute: str, attr: str, answer: str) -> Ask:
+    """The question for it; half of the time the attribute gets another name than in the statement."""
+
+    def make(rng: random.Random, wording: str) -> str:
+        if wording == "official" or (wording in ("train", "any") and rng.random() < 0.06):
+            return fill(fixed(w.OFFICIAL_KEYED_ASK[attribute]), {"key": key}).text
+        name = attr if rng.random() < 0.5 else _text(rng, _ATTRS[attribute], wording)
+        return fill(_asked(rng, w.KEYED, {"attr": Pool((name,), ())}, wording), {"key": key}).text
+
+    return Ask(make, answer)
+
+
+def number_fact(world: World, key: str | None = None) -> Fact:
+    """key -> number: seven digits, in training sometimes four to ten."""
+    count = 7 if world.wording == "official" or world.rng.random() < 0.85 else world.rng.randrange(4, 11)
+    return _keyed_fact(world, "number", world.digits(count), key)
+
+
+def word_fact(world: World, key: str | None = None) -> Fact:
+    """key -> a plain word."""
+    return _keyed_fact(world, "word", world.fresh(lambda: world.pick("nouns")), key)
+
+
+def _keyed_fact(world: World, attribute: str, value: str, key: str | None) -> Fact:
+    key = world.new_key() if key is None else key
+    world.attributes.add((key, attribute))
+    frame, attr = keyed_statement(world.rng, attribute, world.wording)
+    statement = fill(frame, {"key": key, "value": value})
+    return Fact(attribute, (statement,), (keyed_ask(key, attribute, attr, value),))
+
+
+def multivalue_fact(world: World) -> Fact:
+    """One key with two to four numbers, asked together."""
+    key = world.new_key()
+    world.attributes |= {(key, "number"), (key, "word")}
+    values = [world.digits(7) for _ in range(world.rng.randrange(2, 5))]
+    attr = "number" if world.wording == "official" else _text(world.rng, w.NUMBER, world.wording)
+    statements = []
+    for value in values:
+        pools = {"attr": Pool((attr,), ())}
+        frame = (
+            fixed(w.OFFICIAL_KEYED["number"])
+            if world.wording == "official"
+            else _stated(world.rng, w.KEYED, pools, world.wording)
+        )
+        statements.append(fill(frame, {"key": key, "value": value}))
+
+    def make(rng: random.Random, wording: str) -> str:
+        pools = {"attr": Pool((attr,), ())}
+        frame = parse(w.OFFICIAL_MULTIVALUE_ASK) if wording == "official" else w.MULTIVALUE_ASKS.pick(rng, wording)
+        return fill(flatten(rng, frame, pools, wording), {"key": key}).text
+
+    return Fact("multivalue", tuple(statements), (Ask(make, ", ".join(values)),))
+
+
+# ---- persons ------------------------------------------------------------------------------------------------------
+
+
+def relation_fact(world: World, person: str | None = None) -> Fact:
+    """A person and one of the relations: lives in, works as, was born in, owns ..."""
+    rng = world.rng
+    person = world.new_person() if person is None else person
+    free = [name for name in RELATIONS if (person, name) not in world.attributes]
+    name = free[int(rng.random() * len(free))]
+    world.attributes.add((person, name))
+    relation = RELATIONS[name]
+    value = world.value(relation.values)
+    slots = {"person": person, "value": value, "a": "an" if value[0] in "aeiou" else "a"}
+    wording = "train" if world.wording == "official" else world.wording
+    label = Pool((_text(rng, relation.labels, wording),), ())
+    if wording == world.wording and rng.random() < 0.35:
+        frame = _stated(rng, LABELLED, {"label": label}, wording)
+    else:
+        frame = _stated(rng, relation.phrases, {}, world.wording)
+
+    def make(rng: random.Random, wording: str) -> str:
+        labels = Pool((_text(rng, relation.labels, wording),), ())
+        if wording != "official" and rng.random() < 0.35:
+            frame = _asked(rng, LABELLED, {"label": labels}, wording)
+        else:
+            frame = _asked(rng, relation.phrases, {}, wording)
+        return fill(frame, {"person": person}).text
+
+    return Fact("fact", (fill(frame, slots, UNMARKED),), (Ask(make, value),))
+
+
+# ---- the pass key -------------------------------------------------------------------------------------------------
+
+
+def passkey_fact(world: World) -> Fact:
+    """The pass key, five to eight digits (officially five)."""
+    rng = world.rng
+    value = world.digits(5 if world.wording == "official" else rng.randrange(5, 9))
+    attr = Pool((_text(rng, w.PASSKEY_ATTR, world.wording),), ())
+    frame = (
+        fixed(w.PASSKEY.official_fact)
+        if world.wording == "official" or (world.wording in ("train", "any") and rng.random() < 0.06)
+        else _stated(rng, w.PASSKEY, {"attr": attr}, world.wording)
+    )
+
+    def make(rng: random.Random, wording: str) -> str:
+        if wording == "official" or (wording in ("train", "any") and rng.random() < 0.06):
+            return w.PASSKEY.official_ask
+        name = attr if rng.random() < 0.5 else Pool((_text(rng, w.PASSKEY_ATTR, wording),), ())
+        return fill(_asked(rng, w.PASSKEY, {"attr": name}, wording), {}).text
+
+    return Fact("passkey", (fill(frame, {"value": value}),), (Ask(make, value),))
+
+
+# ---- variable chains ----------------------------------------------------------------------------------------------
+
+
+def chain_fact(world: World, hops: int | None = None) -> Fact:
+    """X1 = 12345, X2 = X1 ...: the first ask is for the last variable, the others for those before it."""
+    rng = world.rng
+    hops = rng.randrange(1, 5) if hops is None else hops
+    value = world.digits(5)
+    names = [world.variable() for _ in range(hops + 1)]
+    place, held = _chain_style(rng, world.wording)
+    define = flatten(rng, parse((w.CHAIN_DEFINE.heldout if held else w.CHAIN_DEFINE.train)[place]), {}, world.wording)
+    statements = [fill(define, {"name": names[0], "value": value})]
+    for source, name in zip(names, names[1:], strict=False):
+        if rng.random() < 0.15 and world.wording != "official":
+            place, held = _chain_style(rng, world.wording)
+        link = flatten(rng, parse((w.CHAIN_LINK.heldout if held else w.CHAIN_LINK.train)[place]), {}, world.wording)
+        statements.append(fill(link, {"name": name, "source": source}, UNMARKED))
+    return Fact("chain", tuple(statements), tuple(_chain_ask(name, value) for name in reversed(names)))
+
+
+def _chain_style(rng: random.Random, wording: str) -> tuple[int, bool]:
+    """Place of the frame in its list, and whether in the held-out one."""
+    if wording == "official" or (wording in ("train", "any") and rng.random() < 0.3):
+        return w.CHAIN_OFFICIAL, False
+    num_train, num_held = len(w.CHAIN_DEFINE.train), len(w.CHAIN_DEFINE.heldout)
+    if wording == "heldout":
+        return rng.randrange(num_held), True
+    place = rng.randrange(num_train + (num_held if wording == "any" else 0))
+    return (place, False) if place < num_train else (place - num_train, True)
+
+
+def _chain_ask(name: str, answer: str) -> Ask:
+    def make(rng: random.Random, wording: str) -> str:
+        if wording == "official":
+            return fill(fixed(w.CHAIN_ASKS.train[w.CHAIN_OFFICIAL]), {"name": name}).text
+        phrases = w.Phrases(w.CHAIN_NPS, w.CHAIN_NPS, w.CHAIN_NPS, w.CHAIN_ASKS)
+        return fill(_asked(rng, phrases, {}, wording), {"name": name}).text
+
+    return Ask(make, answer)
+
+
+# ---- from frames to text ------------------------------------------------------------------------------------------
+
+
+def _text(rng: random.Random, pool: Pool, wording: str) -> str:
+    return fill(flatten(rng, pool.pick(rng, wording, strict=False), {}, wording), {}).text
+
+
+def _stated(rng: random.Random, phrases: w.Phrases, pools: dict[str, Pool], wording: str) -> Flat:
+    """A statement's frame: a direct one, or a clause in a wrapper."""
+    if wording == "official":
+        return (*fixed(phrases.clauses.train[0]), ".")
+    pools = {**pools, "speaker": w.SPEAKER, "clause": phrases.clauses}
+    if len(phrases.direct) and rng.random() < 0.35:
+        return flatten(rng, phrases.direct.pick(rng, wording), pools, wording)
+    if rng.random() < 0.3:
+        return flatten(rng, parse("{^clause}."), pools, wording, strict=("clause",))
+    wrapper = w.FACT_WRAPPERS.pick(rng, wording, strict=False)
+    return flatten(rng, wrapper, pools, wording, strict=("clause",))
+
+
+def _asked(rng: random.Random, phrases: w.Phrases, pools: dict[str, Pool], wording: str) -> Flat:
+    """A question's frame: a direct one, a noun phrase in a wrapper, or an indirect question in a wrapper."""
+    if wording == "official":
+        return fixed(phrases.asks.train[0])
+    draw = rng.random()
+    if draw < 0.45:
+        return flatten(rng, phrases.asks.pick(rng, wording), pools, wording)
+    if draw < 0.6 and len(phrases.indirect):
+        pools = {**pools, "indirect": phrases.indirect}
+        return flatten(rng, w.INDIRECT_WRAPPERS.pick(rng, wording, False), pools, wording, strict=("indirect",))
+    pools = {**pools, "np": phrases.nps}
+    return flatten(rng, w.NP_WRAPPERS.pick(rng, wording, False), pools, wording, strict=("np",))

@@ -1,0 +1,182 @@
+"""What the embedded model and the retaining heads are trained on: endless examples of all tasks, made as fast as they are read."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from locret.errors import ConfigError, unknown
+from locret.tasks.base import Sample, overhead
+from locret.tasks.build import HELD_OUT_FAMILIES, TASKS, Plan, compose
+from locret.tasks.encode import encoder_of
+from locret.tasks.filler import Filler
+
+__all__ = ["HELD_OUT_FAMILIES", "STAGES", "Stage", "head_samples", "training_example"]
+Fillers = Mapping[str, Filler]  # names: "corpus", "prose"; one of them is enough
+PROSE_SHARE = 0.08
+_SHAPE_SHARES = {"one_turn": 0.45, "two_turns": 0.35, "question_first": 0.2}  # several questions: a conversation
+_SHORTEST = 160
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Shares of the kinds of examples; they add up to 1. `packed`: how often a row holds several shorter examples."""
+
+    plain: float
+    sparse: float
+    dense: float
+    copying: float
+    packed: float
+
+
+STAGES = {
+    "start": Stage(plain=0.20, sparse=0.32, dense=0.38, copying=0.10, packed=0.5),
+    "main": Stage(plain=0.20, sparse=0.35, dense=0.40, copying=0.05, packed=0.35),
+    "long": Stage(plain=0.18, sparse=0.38, dense=0.41, copying=0.03, packed=0.12),
+}
+
+
+def training_example(
+    rng: random.Random, length: int, tokenizer: Any, fillers: Fillers, stage: str = "main"
+) -> tuple[NDArray[np.uint16] | NDArray[np.int32], NDArray[np.float32]]:
+    """One row of a training batch: ids and loss weights, both exactly [length].
+
+    weights[t] counts the loss of *predicting* token t. Rows may hold several examples, each starting with the
+    beginning-of-text token; attention need not be cut between them.
+    """
+    if stage not in STAGES:
+        raise unknown("stage", stage, STAGES)
+    shares = STAGES[stage]
+    ids: list[NDArray[Any]] = []
+    weights: list[NDArray[np.float32]] = []
+    left = length
+    packed = rng.random() < shares.packed
+    while left > 0:
+        size = left
+        if packed and left > 2 * _SHORTEST:
+            size = min(left, int(math.exp(rng.uniform(math.log(_SHORTEST), math.log(length)))))
+            size = left if left - size < _SHORTEST else size
+        found, weight = _example(rng, size, tokenizer, fillers, shares)
+        ids.append(found)
+        weights.append(weight)
+        left -= len(found)
+    dtype: Any = np.uint16 if encoder_of(tokenizer).vocab_size <= 1 << 16 else np.int32
+    return np.concatenate(ids).astype(dtype), np.concatenate(weights)
+
+
+def _example(
+    rng: random.Random, length: int, tokenizer: Any, fillers: Fillers, shares: Stage
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """One example of exactly `length` tokens; plain text if it is too short for what was drawn."""
+    kind = rng.choices(("plain", "sparse", "dense", "copying"), (shares.plain, shares.sparse, shares.dense, shares.copying))[0]
+    filler = _filler(rng, fillers)
+    if length < _SHORTEST or kind == "plain":
+        return _plain(rng, length, tokenizer, filler)
+    for attempt in range(6):
+        plan = _plan(rng, kind, length, attempt)
+        shape = rng.choices(list(_SHAPE_SHARES), list(_SHAPE_SHARES.values()))[0]
+        seed = rng.getrandbits(32)
+        try:
+            sample = compose(
+                rng, plan, tokenizer, filler, lambda questions, s=shape, x=seed: length - _closed(tokenizer, questions, s, x), seed
+            )
+        except ConfigError:  # what was drawn does not fit: draw less
+            continue
+        ids, weights = sample.training_ids(tokenizer, shape)
+        assert len(ids) == length, "a training example missed its length"
+        return ids, weights
+    return _plain(rng, length, tokenizer, filler)
+
+
+def _closed(tokenizer: Any, questions: Any, shape: str, seed: int) -> int:
+    return overhead(tokenizer, questions, shape, closed=True, seed=seed)
+
+
+def _plain(rng: random.Random, length: int, tokenizer: Any, filler: Filler) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    opening = encoder_of(tokenizer).chat.opening[:1][:length]
+    text, _ = filler.take(rng, length - len(opening))
+    return np.concatenate([np.asarray(opening, np.int32), text]), np.ones(length, np.float32)
+
+
+def _filler(rng: random.Random, fillers: Fillers) -> Filler:
+    if "corpus" in fillers and ("prose" not in fillers or rng.random() >= PROSE_SHARE):
+        return fillers["corpus"]
+    return fillers["prose"]
+
+
+def _plan(rng: random.Random, kind: str, length: int, attempt: int) -> Plan:
+    """Draw a document of this kind; every further attempt asks for less."""
+    low, high = (4, 16) if length <= 2048 else (2, 8) if length <= 4096 else (1, 8)
+    shrink = 2**attempt
+    num_questions = max(1, rng.randint(low, high) // shrink)
+    if kind == "copying":
+        task = "repeat" if rng.random() < 0.5 else "verbatim"
+        return Plan(task, num_questions=max(1, min(num_questions, length // 256)))
+    wording = "official" if rng.random() < 0.08 else "train"
+    if kind == "dense":
+        task = rng.choices(("multikey2", "multikey3", "kv"), (0.34, 0.33, 0.33))[0]
+        fill = 1.0 if rng.random() < 0.6 else rng.uniform(0.1, 0.9)
+        return Plan(task, wording, num_questions=num_questions, hard=True, fill=fill)
+    most = max(2, min(40, length // 60))
+    num_facts = max(1, round(math.exp(rng.uniform(0, math.log(most)))) // shrink)
+    if length <= 4096 or rng.random() < 0.5:
+        num_facts = min(most, max(num_facts, num_questions))
+    draw = rng.random()
+    if draw < 0.12:
+        return Plan("chain", wording, "train", num_questions, max(1, num_facts // 2), ("chain",), hard=True)
+    if draw < 0.17:
+        return Plan("passkey", wording, "train", 1, 1, ("passkey",), hard=True)
+    chain_share = rng.uniform(0.3, 0.7) if draw < 0.5 else 0.08
+    return Plan("mixed", wording, "train", num_questions, num_facts, TASKS["mixed"].families, True, 1.0, chain_share)
+
+
+# ---- samples for retaining heads ----------------------------------------------------------------------------------
+
+_HEAD_TASKS = {"mixed": 0.25, "number": 0.1, "fact": 0.15, "chain": 0.12, "multivalue": 0.05, "multikey2": 0.12, "multikey3": 0.1, "kv": 0.11}
+
+
+def head_samples(
+    tokenizer: Any, fillers: Fillers, *, count: int, length_range: tuple[int, int] = (1024, 8192), seed: int = 0
+) -> Iterator[dict[str, Any]]:
+    """Training samples for retaining heads: one question at the end, its gold answer, prompts of at most length_range[1].
+
+    Never a fact of HELD_OUT_FAMILIES: these measure whether heads know what matters, or only what they were shown.
+    Yields:  {"prompt_ids": list[int], "answer_ids": list[int] (closed by the end of turn), "answer": str, "task": str,
+             "prompt": messages, "shape": str, "gold": spans in the document's ids}.
+    """
+    low, high = length_range
+    for number in range(count):
+        rng = random.Random(f"heads:{seed}:{number}")
+        task = rng.choices(list(_HEAD_TASKS), list(_HEAD_TASKS.values()))[0]
+        length = round(math.exp(rng.uniform(math.log(low), math.log(high))))
+        shape = "two_turns" if rng.random() < 0.5 else "one_turn"
+        sample = _head_sample(rng, task, length, shape, tokenizer, _filler(rng, fillers), number)
+        question = sample.questions[0]
+        chat = encoder_of(tokenizer).chat
+        yield {
+            "prompt_ids": sample.prompt_ids(tokenizer, 0, shape),
+            "answer_ids": encoder_of(tokenizer).ids(chat.lead + question.answer) + chat.end,
+            "answer": question.answer,
+            "task": task,
+            "prompt": sample.messages(tokenizer, 0, shape),
+            "shape": shape,
+            "gold": question.gold,
+        }
+
+
+def _head_sample(
+    rng: random.Random, task: str, length: int, shape: str, tokenizer: Any, filler: Filler, seed: int
+) -> Sample:
+    families = tuple(name for name in TASKS[task].families if name not in HELD_OUT_FAMILIES)
+    num_facts = rng.randint(1, max(2, min(24, length // 120)))
+    fill = 1.0 if rng.random() < 0.6 else rng.uniform(0.1, 0.9)
+    plan = Plan(task, "train", "train", 1, num_facts, families, hard=True, fill=fill, chain_share=0.25)
+    return compose(
+        rng, plan, tokenizer, filler, lambda q: length - overhead(tokenizer, q, shape, closed=False, seed=seed), seed
+    )
