@@ -405,7 +405,7 @@ def main() -> None:
 
     recipe = load_recipe(args.recipe, args.set)
     log = Log(args.work / "metrics.jsonl")
-    source = Source.load(args.text, args.tokenizer, cache=args.work / "tokens")
+    source = Source.load(args.text, args.tokenizer, args.work / "tokens", [stage.mixture for stage in recipe.stages])
     log.say(f"corpus: {source.num_tokens / 1e6:.1f} M tokens")
     device = torch.device(args.device)
     if args.verb == "evaluate":

@@ -21,6 +21,7 @@ class Stage:
     seconds: float = 0.0
     steps: int = 0
     tokens_per_step: int = 65536
+    mixture: str = "main"  # what the batches are made of: locret.tasks.mixture.STAGES
 
     def __post_init__(self) -> None:
         if (self.seconds > 0) == (self.steps > 0):
