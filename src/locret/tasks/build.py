@@ -21,9 +21,10 @@ from locret.tasks import wordings as w
 from locret.tasks.base import Question, Sample, overhead
 from locret.tasks.encode import MARKED_WEIGHT, Encoder, encoder_of
 from locret.tasks.filler import Filler
-from locret.tasks.grammar import Flat, Rendered, Slot, check_wording, fill, flatten, parse
+from locret.tasks.grammar import Flat, Rendered, Slot, check_wording, fill, fixed, flatten, parse
 
 DEFAULT_FACTS = 4
+FAMILIES = ("number", "word", "fact", "passkey", "chain", "multivalue")
 HELD_OUT_FAMILIES = ("word", "passkey")  # never in the training data of retaining heads
 
 
@@ -44,11 +45,9 @@ TASKS: dict[str, TaskInfo] = {
     "word": TaskInfo("the word of a key, in prose", False, True, 12, ("word",)),
     "fact": TaskInfo("where a person lives, works, was born ..., in prose", False, False, 16, ("fact",)),
     "passkey": TaskInfo("the pass key, in prose", False, True, 12, ("passkey",)),
-    "chain": TaskInfo("the value at the end of a chain of variable assignments, in prose", False, False, 10, ("chain",)),
+    "chain": TaskInfo("the value at the end of a chain of assignments, in prose", False, False, 10, ("chain",)),
     "multivalue": TaskInfo("the two to four numbers of one key, in prose", False, False, 48, ("multivalue",)),
-    "mixed": TaskInfo(
-        "facts of all families in one text", False, False, 48, ("number", "word", "fact", "passkey", "chain", "multivalue")
-    ),
+    "mixed": TaskInfo("facts of all families in one text", False, False, 48, FAMILIES),
     "multikey2": TaskInfo("the number of one key among nothing but keys", True, False, 12, ("multikey2",)),
     "multikey3": TaskInfo("the uuid of one uuid among nothing but uuids", True, False, 44, ("multikey3",)),
     "kv": TaskInfo("the value of one key of a JSON object of uuids", True, False, 44, ("kv",)),
@@ -82,7 +81,7 @@ def build(
     check_wording(wording)
     rng = random.Random(f"{task}:{seed}")
     plan = Plan(task, wording, values, num_questions, num_facts, tuple(families or TASKS[task].families))
-    sample = compose(rng, plan, tokenizer, filler, lambda questions: _fit(tokenizer, questions, length), seed)
+    sample = compose(rng, plan, tokenizer, filler, fit_prompt(tokenizer, length, "one_turn", seed), seed)
     if sample.questions:
         assert len(sample.prompt_ids(tokenizer)) == length, "a sample missed its length"
     return sample
@@ -124,10 +123,14 @@ class Plan:
 Fit = Callable[[tuple[Question, ...]], int]  # questions -> tokens the document must have
 
 
-def _fit(tokenizer: Any, questions: tuple[Question, ...], length: int) -> int:
-    if not questions:
-        return length - len(encoder_of(tokenizer).chat.opening[:1])
-    return length - overhead(tokenizer, questions[:1], "one_turn", closed=False)
+def fit_prompt(tokenizer: Any, length: int, shape: str, seed: int | str) -> Fit:
+    """The prompt of question 0 has `length` tokens (a sample without questions: its training ids)."""
+    return lambda questions: length - overhead(tokenizer, questions[:1], shape, closed=not questions, seed=seed)
+
+
+def fit_training(tokenizer: Any, length: int, shape: str, seed: int | str) -> Fit:
+    """The training ids, with all questions and answers, have `length` tokens."""
+    return lambda questions: length - overhead(tokenizer, questions, shape, closed=True, seed=seed)
 
 
 def compose(rng: random.Random, plan: Plan, tokenizer: Any, filler: Filler, fit: Fit, seed: int | str) -> Sample:
@@ -137,7 +140,11 @@ def compose(rng: random.Random, plan: Plan, tokenizer: Any, filler: Filler, fit:
         return _repeat(rng, encoder, filler, fit(()), seed)
     if plan.task == "verbatim":
         return _verbatim(rng, plan, tokenizer, filler, fit, seed)
-    return _dense(rng, plan, encoder, filler, fit, seed) if TASKS[plan.task].dense else _sparse(rng, plan, encoder, filler, fit, seed)
+    return (
+        _dense(rng, plan, encoder, filler, fit, seed)
+        if TASKS[plan.task].dense
+        else _sparse(rng, plan, encoder, filler, fit, seed)
+    )
 
 
 def make_facts(world: f.World, plan: Plan) -> list[f.Fact]:
@@ -185,14 +192,14 @@ def _fact(world: f.World, family: str, plan: Plan) -> f.Fact:
 
 def _choose_asks(rng: random.Random, facts: list[f.Fact], plan: Plan) -> list[tuple[int, f.Ask]]:
     """Which facts are asked for, all different ones as long as there are some."""
-    options = [
-        (place, ask) for place, fact in enumerate(facts) for ask in (fact.asks if plan.hard else fact.asks[:1])
-    ]
+    options = [(place, ask) for place, fact in enumerate(facts) for ask in (fact.asks if plan.hard else fact.asks[:1])]
     if plan.hard:  # the end of a chain more often than its middle
         options = [o for o in options if o[1] is facts[o[0]].asks[0] or rng.random() < 0.4]
     chosen = rng.sample(options, min(plan.num_questions, len(options)))
     if not plan.hard and len(chosen) < plan.num_questions:
-        raise ConfigError(f"{plan.num_questions} questions about {len(options)} facts; lower num_questions or raise num_facts")
+        raise ConfigError(
+            f"{plan.num_questions} questions about {len(options)} facts; lower num_questions or raise num_facts"
+        )
     return chosen
 
 
@@ -220,7 +227,9 @@ def _sparse(rng: random.Random, plan: Plan, encoder: Encoder, filler: Filler, fi
     total = fit(tuple(drafts))
     room = total - sum(len(piece.ids) for piece in pieces)
     if room < 0:
-        raise ConfigError(f"a document of {total} tokens cannot hold {len(facts)} facts; raise length or lower num_facts")
+        raise ConfigError(
+            f"a document of {total} tokens cannot hold {len(facts)} facts; raise length or lower num_facts"
+        )
     text, breaks = filler.take(rng, room)
     document, weights, spans = _weave(rng, pieces, text, breaks, encoder)
     questions = tuple(
@@ -271,7 +280,9 @@ def _weave(
     return _join(ids, np.int32), _join(weights, np.float32), spans
 
 
-def _offset(rng: random.Random, piece: _Piece, size: int, breaks: NDArray[np.int64], line_ends: NDArray[np.int64]) -> int:
+def _offset(
+    rng: random.Random, piece: _Piece, size: int, breaks: NDArray[np.int64], line_ends: NDArray[np.int64]
+) -> int:
     options = line_ends if piece.own_line and len(line_ends) > 4 else breaks
     if not len(options):
         return 0 if rng.random() < 0.5 else size
@@ -287,7 +298,8 @@ def _join(parts: list[Any], dtype: Any) -> NDArray[Any]:
 
 _ENDS_SLACK = 4  # tokens that the first and the last line may be longer than the others
 _PREAMBLES = (
-    "A special magic {what} is hidden within the following text. Make sure to memorize it. I will quiz you about the {what} afterwards.",
+    "A special magic {what} is hidden within the following text. Make sure to memorize it. "
+    "I will quiz you about the {what} afterwards.",
     "Here is a list. Read it with care.",
     "The following entries must be remembered.",
     "Below is a table of {what}s.",
@@ -297,7 +309,7 @@ _PREAMBLES = (
 
 @dataclass
 class _DenseStyle:
-    """How one dense document writes its pairs: `head`, then a line per pair; the first and the last may look different."""
+    """How one dense document writes its pairs: `head`, then a line per pair; the first and last may look different."""
 
     head: str
     line: Flat
@@ -326,7 +338,9 @@ def _dense(rng: random.Random, plan: Plan, encoder: Encoder, filler: Filler, fit
     lines = [(*encoder.weighted(style.render(key, value)), place) for key, value, place in pairs]
     used = len(head) + sum(len(line[0]) for line in lines) + _ENDS_SLACK
     if used > total:
-        raise ConfigError(f"a document of {total} tokens cannot hold {len(asked)} pairs; raise length or lower num_questions")
+        raise ConfigError(
+            f"a document of {total} tokens cannot hold {len(asked)} pairs; raise length or lower num_questions"
+        )
     target = used + int((total - used) * plan.fill)
     while True:
         key, value = style.key(), style.value()
@@ -381,7 +395,9 @@ def _assemble(
     ids += [flat_ids, prose[cut:]]
     weights += [flat_weights, np.ones(len(prose) - cut, np.float32)]
     questions = tuple(Question(q.text, q.answer, q.family, q.wording, (spans[i],)) for i, q in enumerate(drafts))
-    return Sample(plan.task, _join(ids, np.int32), questions, _join(weights, np.float32), seed, {"num_facts": len(lines)})
+    return Sample(
+        plan.task, _join(ids, np.int32), questions, _join(weights, np.float32), seed, {"num_facts": len(lines)}
+    )
 
 
 def _style(rng: random.Random, world: f.World, plan: Plan) -> _DenseStyle:
@@ -393,14 +409,11 @@ def _style(rng: random.Random, world: f.World, plan: Plan) -> _DenseStyle:
     lead = " " if plan.wording == "train" and rng.random() < 0.25 else "\n"
     stop = "." if lead == " " and not (isinstance(frame[-1], str) and frame[-1][-1:] in ".!?") else ""
     frame = (lead, *frame, stop)
-    head = fill(parse(_PREAMBLES[0] if official else rng.choice(_PREAMBLES)), {"what": attr}, ("what",)).text
+    head = fill(fixed(_PREAMBLES[0] if official else rng.choice(_PREAMBLES)), {"what": attr}, ("what",)).text
     head = "\n" + head if plan.wording == "official" or (plan.wording != "heldout" and rng.random() < 0.3) else ""
     if plan.task == "multikey2":
-        key = world.pair_key
-        value: Callable[[], str] = lambda: str(rng.randrange(10**6, 10**7))  # noqa: E731
-    else:
-        key = value = lambda: uuid(rng)  # noqa: E731
-    return _DenseStyle(head, frame, key, value, attribute, attr)
+        return _DenseStyle(head, frame, world.pair_key, lambda: str(rng.randrange(10**6, 10**7)), attribute, attr)
+    return _DenseStyle(head, frame, lambda: uuid(rng), lambda: uuid(rng), attribute, attr)
 
 
 _KV_TABLES = (  # (opening, line) of other ways to write keys and values; § stands for the key, % for the value
@@ -540,4 +553,3 @@ def _quotation(
     if "\n" in said + told or encoder.ids(" " + told) != answer.tolist() or text.tobytes().count(quote.tobytes()) != 1:
         return None
     return said, told, (begin, end)
-

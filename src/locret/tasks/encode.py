@@ -1,7 +1,7 @@
 """Text -> token ids, fast enough for training, and the chat template as token ids.
 
-A byte-level BPE with single digits cuts a text at every space, newline and digit whatever its merges are, so the ids of a text
-are the ids of its chunks, and chunks repeat: a dictionary answers nearly all of them (about 10 times faster than
+A byte-level BPE with single digits cuts a text at every space, newline and digit whatever its merges are, so the ids of
+a text are the ids of its chunks, and chunks repeat: a dictionary answers nearly all of them (about 10 times faster than
 encoding). Whether a tokenizer is of this kind is tested once on sample strings; any other one is simply called.
 """
 

@@ -1,12 +1,13 @@
 """The kinds of facts: what is stated, what is asked, and that the answer is never ambiguous.
 
-A `World` is what one document knows so far: the keys, persons and variables in use. Every function `*_fact` invents one fact that
-does not clash with it. Hard distractors are made on purpose: keys that share a word with another key, a person with several
-relations, a key with both a number and a word.
+A `World` is what one document knows so far: the keys, persons and variables in use. Every function `*_fact` invents
+one fact that does not clash with it. Hard distractors are made on purpose: keys that share a word with another key, a
+person with several relations, a key with both a number and a word.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 import string
 from collections.abc import Callable
@@ -169,9 +170,7 @@ class World:
 _ATTRS = {"number": w.NUMBER, "word": w.WORD, "uuid": w.UUID}
 
 
-def keyed_statement(
-    rng: random.Random, attribute: str, wording: str
-) -> tuple[Flat, str]:
+def keyed_statement(rng: random.Random, attribute: str, wording: str) -> tuple[Flat, str]:
     """A frame that states the value of a key, all but key and value fixed, and the name it gives the attribute."""
     if wording == "official":
         return fixed(w.OFFICIAL_KEYED[attribute]), attribute
@@ -302,7 +301,7 @@ def chain_fact(world: World, hops: int | None = None) -> Fact:
     place, held = _chain_style(rng, world.wording)
     define = flatten(rng, parse((w.CHAIN_DEFINE.heldout if held else w.CHAIN_DEFINE.train)[place]), {}, world.wording)
     statements = [fill(define, {"name": names[0], "value": value})]
-    for source, name in zip(names, names[1:], strict=False):
+    for source, name in itertools.pairwise(names):
         if rng.random() < 0.15 and world.wording != "official":
             place, held = _chain_style(rng, world.wording)
         link = flatten(rng, parse((w.CHAIN_LINK.heldout if held else w.CHAIN_LINK.train)[place]), {}, world.wording)

@@ -157,8 +157,8 @@ def _texts(path: Path) -> Iterator[str]:
     if path.suffix == ".txt":
         yield path.read_text(encoding="utf-8", errors="replace")
         return
-    opened = lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8")
-    with opened as file:
+    opener = lzma.open if path.suffix == ".xz" else open
+    with opener(path, "rt", encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
                 record = json.loads(line)
@@ -194,7 +194,7 @@ def _tokenise(texts: Iterator[str], tokenizer: Any) -> NDArray[Any]:
 def _landmarks(ids: NDArray[Any], tokenizer: Any) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     """Where sentences end and where lines begin, from properties of the tokens alone."""
     texts = token_texts(tokenizer)
-    ends = np.array([text.strip(" ") in _ENDS or text.endswith(_ENDS[:3]) and len(text) > 1 for text in texts])
+    ends = np.array([text.strip(" ") in _ENDS or (text.endswith(_ENDS[:3]) and len(text) > 1) for text in texts])
     abbreviation = np.array([text.strip() in _NOT_ENDS for text in texts])
     newline = np.array([text == "\n" for text in texts])
     upper = np.array([len(text) > 1 and text[0] == " " and text[1].isupper() for text in texts])

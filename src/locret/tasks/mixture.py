@@ -1,4 +1,4 @@
-"""What the embedded model and the retaining heads are trained on: endless examples of all tasks, made as fast as they are read."""
+"""What the embedded model and the retaining heads are trained on: endless examples of all tasks, made when needed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from locret.errors import ConfigError, unknown
-from locret.tasks.base import Sample, overhead
-from locret.tasks.build import HELD_OUT_FAMILIES, TASKS, Plan, compose
+from locret.tasks.base import Sample
+from locret.tasks.build import HELD_OUT_FAMILIES, TASKS, Plan, compose, fit_prompt, fit_training
 from locret.tasks.encode import encoder_of
 from locret.tasks.filler import Filler
 
@@ -74,7 +74,9 @@ def _example(
     rng: random.Random, length: int, tokenizer: Any, fillers: Fillers, shares: Stage
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """One example of exactly `length` tokens; plain text if it is too short for what was drawn."""
-    kind = rng.choices(("plain", "sparse", "dense", "copying"), (shares.plain, shares.sparse, shares.dense, shares.copying))[0]
+    kind = rng.choices(
+        ("plain", "sparse", "dense", "copying"), (shares.plain, shares.sparse, shares.dense, shares.copying)
+    )[0]
     filler = _filler(rng, fillers)
     if length < _SHORTEST or kind == "plain":
         return _plain(rng, length, tokenizer, filler)
@@ -83,9 +85,7 @@ def _example(
         shape = rng.choices(list(_SHAPE_SHARES), list(_SHAPE_SHARES.values()))[0]
         seed = rng.getrandbits(32)
         try:
-            sample = compose(
-                rng, plan, tokenizer, filler, lambda questions, s=shape, x=seed: length - _closed(tokenizer, questions, s, x), seed
-            )
+            sample = compose(rng, plan, tokenizer, filler, fit_training(tokenizer, length, shape, seed), seed)
         except ConfigError:  # what was drawn does not fit: draw less
             continue
         ids, weights = sample.training_ids(tokenizer, shape)
@@ -94,11 +94,9 @@ def _example(
     return _plain(rng, length, tokenizer, filler)
 
 
-def _closed(tokenizer: Any, questions: Any, shape: str, seed: int) -> int:
-    return overhead(tokenizer, questions, shape, closed=True, seed=seed)
-
-
-def _plain(rng: random.Random, length: int, tokenizer: Any, filler: Filler) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+def _plain(
+    rng: random.Random, length: int, tokenizer: Any, filler: Filler
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     opening = encoder_of(tokenizer).chat.opening[:1][:length]
     text, _ = filler.take(rng, length - len(opening))
     return np.concatenate([np.asarray(opening, np.int32), text]), np.ones(length, np.float32)
@@ -122,6 +120,8 @@ def _plan(rng: random.Random, kind: str, length: int, attempt: int) -> Plan:
     if kind == "dense":
         task = rng.choices(("multikey2", "multikey3", "kv"), (0.34, 0.33, 0.33))[0]
         fill = 1.0 if rng.random() < 0.6 else rng.uniform(0.1, 0.9)
+        each = 64 if task == "multikey2" else 200  # tokens of a pair, its question and its answer, with room to spare
+        num_questions = max(1, min(num_questions, (length - 80) // (each * shrink)))
         return Plan(task, wording, num_questions=num_questions, hard=True, fill=fill)
     most = max(2, min(40, length // 60))
     num_facts = max(1, round(math.exp(rng.uniform(0, math.log(most)))) // shrink)
@@ -138,13 +138,22 @@ def _plan(rng: random.Random, kind: str, length: int, attempt: int) -> Plan:
 
 # ---- samples for retaining heads ----------------------------------------------------------------------------------
 
-_HEAD_TASKS = {"mixed": 0.25, "number": 0.1, "fact": 0.15, "chain": 0.12, "multivalue": 0.05, "multikey2": 0.12, "multikey3": 0.1, "kv": 0.11}
+_HEAD_TASKS = {
+    "mixed": 0.25,
+    "number": 0.1,
+    "fact": 0.15,
+    "chain": 0.12,
+    "multivalue": 0.05,
+    "multikey2": 0.12,
+    "multikey3": 0.1,
+    "kv": 0.11,
+}
 
 
 def head_samples(
     tokenizer: Any, fillers: Fillers, *, count: int, length_range: tuple[int, int] = (1024, 8192), seed: int = 0
 ) -> Iterator[dict[str, Any]]:
-    """Training samples for retaining heads: one question at the end, its gold answer, prompts of at most length_range[1].
+    """Training samples for retaining heads: one question at the end and its gold answer; log-uniform prompt lengths.
 
     Never a fact of HELD_OUT_FAMILIES: these measure whether heads know what matters, or only what they were shown.
     Yields:  {"prompt_ids": list[int], "answer_ids": list[int] (closed by the end of turn), "answer": str, "task": str,
@@ -177,6 +186,4 @@ def _head_sample(
     num_facts = rng.randint(1, max(2, min(24, length // 120)))
     fill = 1.0 if rng.random() < 0.6 else rng.uniform(0.1, 0.9)
     plan = Plan(task, "train", "train", 1, num_facts, families, hard=True, fill=fill, chain_share=0.25)
-    return compose(
-        rng, plan, tokenizer, filler, lambda q: length - overhead(tokenizer, q, shape, closed=False, seed=seed), seed
-    )
+    return compose(rng, plan, tokenizer, filler, fit_prompt(tokenizer, length, shape, seed), seed)

@@ -1,9 +1,11 @@
-"""A procedural writer of readable English: travel reports, chronicles, engineering logs and the history of harbour towns.
+"""A procedural writer of readable English: travel reports, chronicles, engineering logs, histories of harbour towns.
 
-All of it is this project's own. It serves as filler where no corpus is at hand: demo documents, tests, offline training.
-A section has a heading, a place, a ship and a few people, so that its sentences belong together. No sentence says where a person with
-first and last name lives or works, and no key has a number: the prose cannot contradict a planted fact.
+All of it is this project's own. It serves as filler where no corpus is at hand: demo documents, tests, offline
+training. A section has a heading, a place, a ship and a few people, so that its sentences belong together. No sentence
+says where a person with first and last name lives or works, and no key has a number: the prose cannot contradict a
+planted fact.
 """
+# ruff: noqa: E501, SIM905  (a frame is one line, however long; a list of words reads better as a string)
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ _PLACES = (
     "Grayhaven Saltmouth Northwick Oldharbour Kettlestrand Marrowby Quayside Easterholm Thornwater Lowstrand Pikesbridge Cairnfoot "
     "Wintersea Goosewell Brackenfirth Sandrick Holmestead Ferrybank Cutterham Stillwater"
 ).split()
-_SHIPS = "Patient Gull|Second Spring|Margarite|Iron Duchess|Blue Heron|Northern Hope|Widow's Son|Silver Thimble|Old Constance|Evening Tide".split("|")
+_SHIPS = "Patient Gull|Second Spring|Margarite|Iron Duchess|Blue Heron|Northern Hope|Widow's Son|Silver Thimble|Old Constance|Evening Tide".split(
+    "|"
+)
 _RIVERS = "Lorn Wend Arrow Silk Tarn Mere Ousel Brand Tolland Kelder".split()
 
 _SUBS: dict[str, tuple[str, ...]] = {
@@ -202,7 +206,14 @@ class _Section:
         first, second = self.rng.sample(self.people, 2)
         place, other = self.rng.choices(self.places, (6, 1, 1))[0], self.rng.choice(self.places[1:])
         other = other if other != place else self.places[0]
-        slots = {"place": place, "place2": other, "ship": self.ship, "river": self.river, "person": first, "person2": second}
+        slots = {
+            "place": place,
+            "place2": other,
+            "ship": self.ship,
+            "river": self.river,
+            "person": first,
+            "person2": second,
+        }
         return fill(flatten(self.rng, parse(frame), _POOLS, "any"), slots, ()).text
 
 

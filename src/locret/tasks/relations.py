@@ -1,7 +1,7 @@
 """What a person can be said to do, and how it is stated and asked (frames as in `wordings.py`).
 
-Besides its own sentences, every relation has labels ("home town"), which the shared frames of `LABELLED` use. Values of two
-relations may come from one list (born in, lives in): then only the relation tells them apart.
+Besides its own sentences, every relation has labels ("home town"), which the shared frames of `LABELLED` use. Values of
+two relations may come from one list (born in, lives in): then only the relation tells them apart.
 """
 
 from __future__ import annotations
@@ -91,9 +91,14 @@ LABELLED = Phrases(
 
 
 def _relation(
-    values: str, labels: tuple[str, ...], heldout_labels: tuple[str, ...], clauses: list[str], nps: list[str],
-    asks: list[str], indirect: list[str],
-) -> Relation:  # fmt: skip
+    values: str,
+    labels: tuple[str, ...],
+    heldout_labels: tuple[str, ...],
+    clauses: list[str],
+    nps: list[str],
+    asks: list[str],
+    indirect: list[str],
+) -> Relation:
     none = Pool((), ())
     return Relation(
         values,
@@ -124,7 +129,13 @@ RELATIONS: dict[str, Relation] = {
             "if you visit {value} you will find the [house|home] of {person}",
             "people meet {person} at home in {value}",
         ],
-        ["the town where {person} lives", "the home of {person}", "the place where {person} resides", "the town {person} calls home", "the town in which {person} has settled"],
+        [
+            "the town where {person} lives",
+            "the home of {person}",
+            "the place where {person} resides",
+            "the town {person} calls home",
+            "the town in which {person} has settled",
+        ],
         [
             "Where does {person} live?",
             "In which town does {person} live?",
@@ -137,7 +148,13 @@ RELATIONS: dict[str, Relation] = {
             "Where does {person} reside?",
             "To which town must I go to visit {person} at home?",
         ],
-        ["where {person} lives", "in which town {person} lives", "where {person} resides", "where the home of {person} is", "which town {person} lives in"],
+        [
+            "where {person} lives",
+            "in which town {person} lives",
+            "where {person} resides",
+            "where the home of {person} is",
+            "which town {person} lives in",
+        ],
     ),
     "born": _relation(
         "town",
@@ -157,7 +174,13 @@ RELATIONS: dict[str, Relation] = {
             "the parents of {person} had their child in {value}",
             "the town where {person} was born is {value}",
         ],
-        ["the town where {person} was born", "the birthplace of {person}", "the town of {person}'s birth", "the native town of {person}", "the town in which {person} came into the world"],
+        [
+            "the town where {person} was born",
+            "the birthplace of {person}",
+            "the town of {person}'s birth",
+            "the native town of {person}",
+            "the town in which {person} came into the world",
+        ],
         [
             "Where was {person} born?",
             "In which town was {person} born?",
@@ -170,7 +193,13 @@ RELATIONS: dict[str, Relation] = {
             "Where did {person} come into the world?",
             "By birth, to which town does {person} belong?",
         ],
-        ["where {person} was born", "in which town {person} was born", "where {person} came into the world", "which town {person} was born in", "of which town {person} is a native"],
+        [
+            "where {person} was born",
+            "in which town {person} was born",
+            "where {person} came into the world",
+            "which town {person} was born in",
+            "of which town {person} is a native",
+        ],
     ),
     "job": _relation(
         "profession",
@@ -193,7 +222,13 @@ RELATIONS: dict[str, Relation] = {
             "they hired {person} as {a} {value}",
             "by profession {person} is {a} {value}",
         ],
-        ["the profession of {person}", "the job of {person}", "the work {person} does", "the trade of {person}", "the occupation {person} follows"],
+        [
+            "the profession of {person}",
+            "the job of {person}",
+            "the work {person} does",
+            "the trade of {person}",
+            "the occupation {person} follows",
+        ],
         [
             "What does {person} do for a living?",
             "What is the profession of {person}?",
@@ -206,7 +241,13 @@ RELATIONS: dict[str, Relation] = {
             "Which job does {person} hold?",
             "As what was {person} hired?",
         ],
-        ["what {person} does for a living", "what {person} works as", "which profession {person} has", "what kind of work {person} does", "how {person} earns a living"],
+        [
+            "what {person} does for a living",
+            "what {person} works as",
+            "which profession {person} has",
+            "what kind of work {person} does",
+            "how {person} earns a living",
+        ],
     ),
     "plays": _relation(
         "instrument",
@@ -224,7 +265,13 @@ RELATIONS: dict[str, Relation] = {
             "{person} took lessons on the {value}",
             "{person} is at home on the {value}",
         ],
-        ["the instrument of {person}", "the instrument {person} plays", "the instrument on which {person} performs", "the musical instrument of {person}", "the instrument {person} practises"],
+        [
+            "the instrument of {person}",
+            "the instrument {person} plays",
+            "the instrument on which {person} performs",
+            "the musical instrument of {person}",
+            "the instrument {person} practises",
+        ],
         [
             "What does {person} play?",
             "Which instrument does {person} play?",
@@ -237,7 +284,13 @@ RELATIONS: dict[str, Relation] = {
             "{person} makes music with what?",
             "On what does {person} play music?",
         ],
-        ["which instrument {person} plays", "what instrument {person} is learning", "on which instrument {person} performs", "what {person} plays", "on what {person} makes music"],
+        [
+            "which instrument {person} plays",
+            "what instrument {person} is learning",
+            "on which instrument {person} performs",
+            "what {person} plays",
+            "on what {person} makes music",
+        ],
     ),
     "studied": _relation(
         "subject",
@@ -255,7 +308,13 @@ RELATIONS: dict[str, Relation] = {
             "{person} graduated in {value}",
             "the university taught {value} to {person}",
         ],
-        ["the subject {person} studied", "the field in which {person} graduated", "the subject of {person}", "the degree of {person}", "the course {person} took at the university"],
+        [
+            "the subject {person} studied",
+            "the field in which {person} graduated",
+            "the subject of {person}",
+            "the degree of {person}",
+            "the course {person} took at the university",
+        ],
         [
             "What did {person} study?",
             "Which subject did {person} study?",
@@ -268,7 +327,13 @@ RELATIONS: dict[str, Relation] = {
             "What did {person} learn at the university?",
             "At college, what did {person} take?",
         ],
-        ["what {person} studied", "which subject {person} chose", "in what field {person} graduated", "what {person} learned at the university", "in which subject {person} has a degree"],
+        [
+            "what {person} studied",
+            "which subject {person} chose",
+            "in what field {person} graduated",
+            "what {person} learned at the university",
+            "in which subject {person} has a degree",
+        ],
     ),
     "pet": _relation(
         "animal",
@@ -286,7 +351,13 @@ RELATIONS: dict[str, Relation] = {
             "{a} {value} belongs to {person}",
             "every evening {person} feeds {a} {value}",
         ],
-        ["the pet of {person}", "the animal {person} keeps", "the animal that belongs to {person}", "the pet {person} owns", "the animal {person} feeds"],
+        [
+            "the pet of {person}",
+            "the animal {person} keeps",
+            "the animal that belongs to {person}",
+            "the pet {person} owns",
+            "the animal {person} feeds",
+        ],
         [
             "What pet does {person} have?",
             "Which animal does {person} keep?",
@@ -299,7 +370,13 @@ RELATIONS: dict[str, Relation] = {
             "Which animal does {person} own?",
             "With what animal does {person} share the house?",
         ],
-        ["which animal {person} keeps", "what pet {person} has", "what kind of animal lives with {person}", "which pet belongs to {person}", "what animal {person} owns"],
+        [
+            "which animal {person} keeps",
+            "what pet {person} has",
+            "what kind of animal lives with {person}",
+            "which pet belongs to {person}",
+            "what animal {person} owns",
+        ],
     ),
     "colour": _relation(
         "colour",
@@ -317,7 +394,13 @@ RELATIONS: dict[str, Relation] = {
             "{person} always picks {value} as a colour",
             "among colours {value} pleases {person} most",
         ],
-        ["the favourite colour of {person}", "the colour {person} likes best", "the colour {person} prefers", "the colour {person} always picks", "the colour that pleases {person} most"],
+        [
+            "the favourite colour of {person}",
+            "the colour {person} likes best",
+            "the colour {person} prefers",
+            "the colour {person} always picks",
+            "the colour that pleases {person} most",
+        ],
         [
             "What colour does {person} like best?",
             "Which colour does {person} prefer?",
@@ -330,7 +413,13 @@ RELATIONS: dict[str, Relation] = {
             "What colour does {person} love?",
             "If {person} picks a colour, which is it?",
         ],
-        ["which colour {person} likes best", "what colour {person} prefers", "which colour {person} would choose", "what the favourite colour of {person} is", "which colour pleases {person} most"],
+        [
+            "which colour {person} likes best",
+            "what colour {person} prefers",
+            "which colour {person} would choose",
+            "what the favourite colour of {person} is",
+            "which colour pleases {person} most",
+        ],
     ),
     "dish": _relation(
         "dish",
@@ -348,7 +437,13 @@ RELATIONS: dict[str, Relation] = {
             "when hungry, {person} eats {value}",
             "of all dishes {person} would take {value}",
         ],
-        ["the favourite dish of {person}", "the food {person} likes best", "the dish {person} orders", "what {person} likes to eat", "the food {person} asks for"],
+        [
+            "the favourite dish of {person}",
+            "the food {person} likes best",
+            "the dish {person} orders",
+            "what {person} likes to eat",
+            "the food {person} asks for",
+        ],
         [
             "What does {person} like to eat?",
             "Which dish does {person} order?",
@@ -361,7 +456,13 @@ RELATIONS: dict[str, Relation] = {
             "Which food does {person} love?",
             "For dinner, what does {person} want?",
         ],
-        ["what {person} likes to eat", "which dish {person} orders", "what food {person} loves", "which dish {person} prefers", "what {person} wants for dinner"],
+        [
+            "what {person} likes to eat",
+            "which dish {person} orders",
+            "what food {person} loves",
+            "which dish {person} prefers",
+            "what {person} wants for dinner",
+        ],
     ),
     "speaks": _relation(
         "language",
@@ -379,7 +480,13 @@ RELATIONS: dict[str, Relation] = {
             "one can talk to {person} in {value}",
             "{value} comes easily to {person}",
         ],
-        ["the language of {person}", "the language {person} speaks", "the language in which {person} writes", "the mother tongue of {person}", "the language {person} grew up with"],
+        [
+            "the language of {person}",
+            "the language {person} speaks",
+            "the language in which {person} writes",
+            "the mother tongue of {person}",
+            "the language {person} grew up with",
+        ],
         [
             "Which language does {person} speak?",
             "What language is spoken by {person}?",
@@ -392,7 +499,13 @@ RELATIONS: dict[str, Relation] = {
             "What is the mother tongue of {person}?",
             "In which language can one talk to {person}?",
         ],
-        ["which language {person} speaks", "what language {person} is fluent in", "in which language {person} writes", "what {person} speaks at home", "with which language {person} grew up"],
+        [
+            "which language {person} speaks",
+            "what language {person} is fluent in",
+            "in which language {person} writes",
+            "what {person} speaks at home",
+            "with which language {person} grew up",
+        ],
     ),
     "employer": _relation(
         "company",
@@ -410,7 +523,13 @@ RELATIONS: dict[str, Relation] = {
             "{person} is on the staff of {value}",
             "each morning {person} goes to the office of {value}",
         ],
-        ["the employer of {person}", "the company {person} works for", "the firm that employs {person}", "the company of {person}", "the firm that pays {person}"],
+        [
+            "the employer of {person}",
+            "the company {person} works for",
+            "the firm that employs {person}",
+            "the company of {person}",
+            "the firm that pays {person}",
+        ],
         [
             "Who employs {person}?",
             "For which company does {person} work?",
@@ -423,7 +542,13 @@ RELATIONS: dict[str, Relation] = {
             "Which firm did {person} join?",
             "At what company does {person} have a position?",
         ],
-        ["who employs {person}", "which company {person} works for", "for which firm {person} works", "where {person} is employed", "which firm pays {person}"],
+        [
+            "who employs {person}",
+            "which company {person} works for",
+            "for which firm {person} works",
+            "where {person} is employed",
+            "which firm pays {person}",
+        ],
     ),
     "year": _relation(
         "year",
@@ -441,7 +566,13 @@ RELATIONS: dict[str, Relation] = {
             "{person} (born {value}) [wrote a letter|was at the meeting|came by train]",
             "the life of {person} began in {value}",
         ],
-        ["the year in which {person} was born", "the birth year of {person}", "the year of {person}'s birth", "the year {person} was born", "the year the life of {person} began"],
+        [
+            "the year in which {person} was born",
+            "the birth year of {person}",
+            "the year of {person}'s birth",
+            "the year {person} was born",
+            "the year the life of {person} began",
+        ],
         [
             "When was {person} born?",
             "In which year was {person} born?",
@@ -454,7 +585,13 @@ RELATIONS: dict[str, Relation] = {
             "{person} was born when?",
             "What year marks the birth of {person}?",
         ],
-        ["when {person} was born", "in which year {person} was born", "in what year {person} came into the world", "the year {person} was born in", "when the life of {person} began"],
+        [
+            "when {person} was born",
+            "in which year {person} was born",
+            "in what year {person} came into the world",
+            "the year {person} was born in",
+            "when the life of {person} began",
+        ],
     ),
     "extension": _relation(
         "digits4",
@@ -472,7 +609,13 @@ RELATIONS: dict[str, Relation] = {
             "{person} sits at extension {value}",
             "whoever dials {value} will hear the voice of {person}",
         ],
-        ["the telephone extension of {person}", "the extension at which {person} can be reached", "the extension of {person}", "the number to dial for {person}", "the digits one dials for {person}"],
+        [
+            "the telephone extension of {person}",
+            "the extension at which {person} can be reached",
+            "the extension of {person}",
+            "the number to dial for {person}",
+            "the digits one dials for {person}",
+        ],
         [
             "Which extension does {person} have?",
             "What do I dial to reach {person}?",
@@ -485,7 +628,13 @@ RELATIONS: dict[str, Relation] = {
             "Under which extension does {person} answer?",
             "To speak to {person}, what must one dial?",
         ],
-        ["which extension {person} has", "what to dial for {person}", "at which extension {person} can be reached", "how to reach {person} by telephone", "which digits to dial for {person}"],
+        [
+            "which extension {person} has",
+            "what to dial for {person}",
+            "at which extension {person} can be reached",
+            "how to reach {person} by telephone",
+            "which digits to dial for {person}",
+        ],
     ),
     "storage": _relation(
         "word",
@@ -503,7 +652,13 @@ RELATIONS: dict[str, Relation] = {
             "{person} put the word {value} on the locker",
             "it says {value} on the door of {person}'s locker",
         ],
-        ["the word on the locker of {person}", "the label of {person}'s locker", "the word that marks the locker of {person}", "the locker label of {person}", "the word {person} put on the locker"],
+        [
+            "the word on the locker of {person}",
+            "the label of {person}'s locker",
+            "the word that marks the locker of {person}",
+            "the locker label of {person}",
+            "the word {person} put on the locker",
+        ],
         [
             "What is written on the locker of {person}?",
             "Which word marks the locker of {person}?",
@@ -516,6 +671,12 @@ RELATIONS: dict[str, Relation] = {
             "Which label is on the locker {person} uses?",
             "Which word stands on {person}'s locker?",
         ],
-        ["what is written on the locker of {person}", "which word marks the locker of {person}", "how the locker of {person} is labelled", "which word {person} put on the locker", "what the locker of {person} says"],
+        [
+            "what is written on the locker of {person}",
+            "which word marks the locker of {person}",
+            "how the locker of {person} is labelled",
+            "which word {person} put on the locker",
+            "what the locker of {person} says",
+        ],
     ),
-}  # fmt: skip
+}

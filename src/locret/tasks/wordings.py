@@ -1,9 +1,9 @@
 """How facts are stated and asked: frames only, no code (the template language is `grammar.py`).
 
-A sentence is a *direct* frame, or a clause ("the {attr} for {key} is {value}") inside a wrapper ("Remember that {clause}.").
-A question is a *direct* frame, or a noun phrase ("the {attr} of {key}") inside a wrapper ("Can you tell me {np}?"). So a family
-with 40 clauses and 40 wrappers has 1,600 structures. `Pool.split` holds out every fifth frame of every list;
-for synonyms the held-out ones are named.
+A sentence is a *direct* frame, or a clause ("the {attr} for {key} is {value}") inside a wrapper ("Remember that
+{clause}."). A question is a *direct* frame, or a noun phrase ("the {attr} of {key}") inside a wrapper ("Can you tell me
+{np}?"). So a family with 40 clauses and 40 wrappers has 1,600 structures. `Pool.split` holds out every fifth frame of
+every list; for synonyms the held-out ones are named.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ FACT_WRAPPERS = Pool.split(
         "* {^clause}.",
         "[One|A] [thing|detail] that [nobody disputes|is beyond question]: {clause}.",
     ]
-)  # fmt: skip
+)
 
 # Noun phrase -> question. Every fifth is held out.
 NP_WRAPPERS = Pool.split(
@@ -123,7 +123,7 @@ NP_WRAPPERS = Pool.split(
         "[Let us see|Let me check] whether you [kept|remember] {np}: what is it?",
         "The [text|document] [mentions|contains|states] {np}. What is it?",
     ]
-)  # fmt: skip
+)
 
 # Indirect question ("where Ann Marsh lives") -> question.
 INDIRECT_WRAPPERS = Pool.split(
@@ -147,6 +147,9 @@ INDIRECT_WRAPPERS = Pool.split(
 )
 
 
+EMPTY = Pool((), ())
+
+
 @dataclass(frozen=True)
 class Phrases:
     """The frames of one kind of fact. `direct` and `clauses` state it; `asks`, `nps` and `indirect` ask for it."""
@@ -155,7 +158,7 @@ class Phrases:
     direct: Pool
     nps: Pool
     asks: Pool
-    indirect: Pool = Pool((), ())
+    indirect: Pool = EMPTY
     official_fact: str = ""
     official_ask: str = ""
 
@@ -189,9 +192,15 @@ WORD = Pool(
     ("[hidden|signal|control] word", "[catchword|secret expression|passphrase]"),
 )
 UUID = Pool(
-    ("[special magic |magic |special |secret |unique ||]uuid", "[unique |secret |]identifier", "[record |unique |]id", "UUID", "[long|unique] key"),
+    (
+        "[special magic |magic |special |secret |unique ||]uuid",
+        "[unique |secret |]identifier",
+        "[record |unique |]id",
+        "UUID",
+        "[long|unique] key",
+    ),
     ("[hidden|control] uuid", "[object|entry] identifier"),
-)  # fmt: skip
+)
 
 KEYED = Phrases(
     clauses=Pool.split(
@@ -386,9 +395,18 @@ MULTIVALUE_ASKS = Pool.split(
 # ---- the pass key: one a document, no key -------------------------------------------------------------------------
 
 PASSKEY_ATTR = Pool(
-    ("pass key", "pass key", "passkey", "[entry|unlock|master|main] key", "pass code", "passcode", "[gate|door|vault] [code|key]", "key to the [vault|gate|archive]"),
+    (
+        "pass key",
+        "pass key",
+        "passkey",
+        "[entry|unlock|master|main] key",
+        "pass code",
+        "passcode",
+        "[gate|door|vault] [code|key]",
+        "key to the [vault|gate|archive]",
+    ),
     ("[opening|final] key", "[safe|lock] code"),
-)  # fmt: skip
+)
 PASSKEY = Phrases(
     clauses=Pool.split(
         [
