@@ -38,6 +38,9 @@ gpu-test:  ## tests that need a CUDA device, the embedded model included
 	else $(MAKE) --no-print-directory $(STAMP); python=$(BIN)/python; fi; \
 	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} "$$python" -m pytest -q -m gpu -p no:cacheprovider
 
+wheel: $(STAMP)  ## dist/locret-*.whl
+	@rm -rf dist && $(BIN)/python -m build --wheel --no-isolation --outdir dist . >/dev/null && ls -l dist/*.whl
+
 # The wheel, in an empty environment outside the clone, must find its own embedded model.
 wheel-test: wheel  ## install the wheel into an empty environment elsewhere and run `locret doctor` there
 	@wheel=$$(ls $(CURDIR)/dist/locret-*.whl); constraints=$(CURDIR)/constraints.txt; \

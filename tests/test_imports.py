@@ -24,7 +24,7 @@ def levels() -> dict[str, int]:
 
 
 LEVELS = levels()
-FREE = {"", "__init__"}  # the package itself only re-exports
+FREE = {"", "__init__", "__main__"}  # the package itself only re-exports
 
 
 def concept(path: Path) -> str:
