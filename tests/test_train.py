@@ -43,6 +43,15 @@ def make_samples(count=20, length=60, seed=0) -> list[Sample]:
     return [Sample(ids(rng.randrange(length // 2, length)), ids(rng.randrange(1, 9)), f"s{i}") for i in range(count)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As in the child processes: a sum's order must not depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
     return make_backbone()
@@ -319,9 +328,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(backbone, tmp_path):
     parts = train(backbone, data, tmp_path / "parts", config)
     assert same(whole.heads, parts.heads)
     assert (whole.loss, whole.overlap, whole.skipped) == (parts.loss, parts.overlap, parts.skipped)
-    steps = [[json.loads(line)["step"] for line in (tmp_path / n / LOG_FILE).read_text().splitlines()]
-             for n in ("whole", "parts")]  # fmt: skip
-    assert steps[0] == steps[1]
+    keys = ("step", "loss", "lr", "overlap_per_head")
+    logs = [
+        [[json.loads(line).get(key) for key in keys] for line in (tmp_path / name / LOG_FILE).read_text().splitlines()]
+        for name in ("whole", "parts")
+    ]
+    assert logs[0] == logs[1]
 
 
 CHILD = """
@@ -339,22 +351,13 @@ print(result.summary())
 CHILD_CONFIG = {**SMALL, "steps": 60, "eval_samples": 2, "checkpoint_every": 5}
 
 
-@pytest.fixture
-def one_thread():
-    """As the child: a sum's order must not depend on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def start_child(output: Path, pause: float) -> subprocess.Popen[str]:
     code = CHILD.format(tests=str(Path(__file__).parent), output=str(output), pause=pause)
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_run_killed_for_real_goes_on_bit_for_bit(number, tmp_path, one_thread):
+def test_a_run_killed_for_real_goes_on_bit_for_bit(number, tmp_path):
     """kill -9 loses the steps since the last checkpoint; SIGTERM and Ctrl-C save one and say so. The weights file is
     byte for byte that of a run that nobody disturbed."""
     child = start_child(tmp_path / "out", 0.05)
@@ -458,6 +461,23 @@ def test_the_schedule_rises_and_falls():
     assert rates[10:] == pytest.approx([n / 90 for n in range(90, 0, -1)])
     assert TrainConfig(steps=5, warmup_steps=5).lr_at(4) == 5e-4
     assert TrainConfig(steps=5, warmup_steps=0).lr_at(0) == 5e-4
+
+
+def largest_change(backbone, **options) -> float:
+    """Of a weight in the first step of Adam, which moves every weight by about the learning rate."""
+    sample = make_samples(1)[0]
+    config = TrainConfig(hidden_size=16, weight_decay=0.0, **options)
+    run = train_module._Run(backbone, Samples([sample], None), Path("unused"), config)
+    before = weights_of(run.heads)
+    run._step(iter([(sample, 1, 0)]))
+    return max((a - b).abs().max().item() for a, b in zip(before, run.heads.parameters()))
+
+
+def test_a_step_takes_the_scheduled_rate_and_clips_gradients(backbone):
+    assert largest_change(backbone, lr=1e-3, steps=10, warmup_steps=10) == pytest.approx(1e-4, rel=0.01)
+    assert largest_change(backbone, lr=1e-3, steps=10, warmup_steps=0) == pytest.approx(1e-3, rel=0.01)
+    # a gradient far below Adam's epsilon (1e-8) hardly moves anything
+    assert largest_change(backbone, lr=1e-3, steps=10, warmup_steps=0, clip_value=1e-11) < 2e-6
 
 
 @pytest.mark.parametrize(
