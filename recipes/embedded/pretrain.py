@@ -102,10 +102,11 @@ class Trainer:
             self.rope = {(rows, length): self.model.rope_tables(rows, length)}  # one stage's at a time
         return self.rope[rows, length]
 
-    def accumulate(self, ids: Tensor, weights: Tensor) -> Tensor:
+    def accumulate(self, ids: Tensor, weights: Tensor, answer_scale: float = 1.0) -> Tensor:
         """Gradients of the batch's weighted mean loss; returns its sums, on the device (see `Meter`)."""
         targets = ids.roll(-1, dims=1)
         weights = weights.roll(-1, dims=1)
+        weights = torch.where(weights > ANSWER_WEIGHT, weights * answer_scale, weights)
         weights[:, -1] = 0.0  # the last token of a sequence predicts nothing
         total = weights.sum().clamp_min(1e-6)
         rows = max(1, self.recipe.run.micro_tokens // ids.shape[1])
@@ -133,7 +134,7 @@ class Trainer:
 
     def step(self, ids: Tensor, weights: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
         """One update; returns the batch's sums and the gradient norm, both still on the device."""
-        sums = self.accumulate(ids, weights)
+        sums = self.accumulate(ids, weights, self.recipe.stages[self.position["stage"]].answer_scale)
         norm = self.optimisers.step(self.recipe.optimiser.scale(fraction, self.position["step"]))
         self.position["step"] += 1
         self.position["stage_step"] += 1

@@ -22,6 +22,7 @@ class Stage:
     steps: int = 0
     tokens_per_step: int = 65536
     mixture: str = "main"  # what the batches are made of: locret.tasks.mixture.STAGES
+    answer_scale: float = 1.0  # on the weights of answers: they are 6 % of the tokens at 1,024, 0.2 % at 32,768
 
     def __post_init__(self) -> None:
         if (self.seconds > 0) == (self.steps > 0):

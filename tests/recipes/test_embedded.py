@@ -124,6 +124,17 @@ def test_microbatches_give_the_gradients_of_the_naive_weighted_loss():
         assert torch.allclose(mine, parameter.grad, atol=1e-6)
 
 
+def test_answer_scale_counts_answers_only():
+    trainer = pretrain.Trainer(tiny_recipe(), torch.device("cpu"))
+    ids, weights = torch.randint(0, 64, (4, 16)), torch.tensor([0.1, 1.0, 4.0, 1.0]).repeat(4, 4)
+    trainer.accumulate(ids, weights.clone(), answer_scale=3.0)
+    ours = [p.grad.clone() for p in trainer.model.parameters()]
+    trainer.model.zero_grad()
+    trainer.accumulate(ids, torch.where(weights > 1, 12.0, weights))
+    for mine, parameter in zip(ours, trainer.model.parameters()):
+        assert torch.allclose(mine, parameter.grad, atol=1e-7)
+
+
 def test_real_recipe_is_the_model_that_ships():
     recipe = load_recipe(ROOT / "recipes/embedded/recipe.toml", ["stages.0.seconds=15", "run.compile='off'"])
     assert recipe.stages[0].seconds == 15
