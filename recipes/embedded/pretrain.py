@@ -316,7 +316,7 @@ def run_stage(
         if not last and done + 4.0 > stage.planned:
             feed.start(index + 1)
         if last and evaluation:
-            evaluation.order(4)
+            evaluation.order(8)
         if now - BORN > stop_after:
             stop.reason = f"--stop-after {stop_after:g}"
         over = done >= stage.planned or bool(stop.reason)
