@@ -49,7 +49,7 @@ class Cell:
     length: int
     method: str = "full"
     budget: str = "100%"
-    wording: str = "any"
+    wording: str = "train"
     shape: str = "one_turn"
     positions: str = "compact"
 
@@ -70,7 +70,7 @@ def cells(suites: list[str], methods: list[str]) -> list[Cell]:
         made += [
             Cell("shapes", task, 4096, shape=shape)
             for shape in ("one_turn", "two_turns", "conversation")
-            for task in SPARSE
+            for task in ("number", "word", "fact", "chain")  # a document has one pass key: no third question
         ]
     if "budget" in suites:
         made += [
@@ -114,13 +114,15 @@ def _make(job: tuple[str, int, str, str, int]) -> tuple[list[int], str]:
     third = shape == "conversation"  # the third question of a conversation
     sample = build(
         task, seed=seed, length=length, tokenizer=_tokenizer, filler=_filler, wording=wording, values="any",
-        num_questions=3 if third else 1,
+        num_questions=3 if third else 1, num_facts=None,
     )  # fmt: skip
     question = 2 if third else 0
     return list(sample.prompt_ids(_tokenizer, question, shape)), sample.questions[question].answer
 
 
-def run_cell(cell: Cell, backbone: Backbone, heads: Path, prompts: list[tuple[list[int], str]], batch: int) -> dict[str, Any]:
+def run_cell(
+    cell: Cell, backbone: Backbone, heads: Path, prompts: list[tuple[list[int], str]], batch: int
+) -> dict[str, Any]:
     """Generate and score; bytes are per sequence."""
     config = CacheConfig(budget=cell.budget, positions=cell.positions, **CHUNK)
     llm = LLM.build(backbone, heads=heads, method=cell.method, config=config)
@@ -170,7 +172,9 @@ def main() -> None:
     parser.add_argument("--suites", nargs="+", default=["full", "wording", "shapes", "budget", "dense", "long"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--samples", type=int, default=100)
-    parser.add_argument("--baseline-samples", type=int, default=40, help="samples for methods other than locret and full")
+    parser.add_argument(
+        "--baseline-samples", type=int, default=40, help="samples for methods other than locret and full"
+    )
     parser.add_argument("--long-samples", type=int, default=40)
     parser.add_argument("--batch-tokens", type=int, default=2_000_000)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 2))

@@ -25,7 +25,7 @@ from locret.errors import (
 )
 
 if TYPE_CHECKING:
-    from locret.attach import attach
+    from locret.attached import attach
     from locret.config import Sampling
     from locret.context import Context
     from locret.decode import Output, Stats
@@ -56,7 +56,7 @@ _LAZY = {
     "Context": "locret.context",
     "Output": "locret.decode",
     "Stats": "locret.decode",
-    "attach": "locret.attach",
+    "attach": "locret.attached",
     "load": "locret.engine",
     "Sampling": "locret.config",
 }

@@ -164,7 +164,7 @@ class Backbone:
         path = str(EMBEDDED if name_or_path is None else name_or_path)
         wanted: Any = _DTYPES.get(dtype, torch.float32 if where.type == "cpu" else "auto")
         try:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=wanted)
+            model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=wanted)
             tokenizer = AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise BackboneError(
@@ -291,7 +291,7 @@ class _Probe:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
         if v.shape != k.shape or q.shape[-1] != k.shape[-1]:
-            raise BackboneError(f"layer {layer}: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} "
+            raise BackboneError(f"layer {layer}: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} "
                                 "differ in head dim; locret stores one K and one V of the same size a unit")  # fmt: skip
         self.q[layer], self.k[layer], self.calls[layer] = q, k, call
         return torch.zeros_like(q)

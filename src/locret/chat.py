@@ -68,7 +68,7 @@ def before_next_user_turn(tokenizer: PreTrainedTokenizerBase, messages: list[dic
 
 
 def protected_mask(tokenizer: PreTrainedTokenizerBase, text: str, pieces: Sequence[str]) -> Tensor | None:
-    """Which of the text's tokens lie in one of `pieces` (every place where one occurs): bool [T], or None for no pieces.
+    """Which of the text's tokens lie in one of `pieces`, wherever it occurs: bool [T], or None for no pieces.
 
     Raises: ConfigError: a piece that does not occur, or a tokenizer that cannot say where its tokens lie.
     """

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -257,7 +257,7 @@ def _encode_document(
             raise ConfigError("the document is empty; give some text")
         text, lead = chat.Turns.of(tokenizer).begin + document, chat.JOIN
     else:
-        text, lead = chat.before_next_user_turn(tokenizer, document), ""
+        text, lead = chat.before_next_user_turn(tokenizer, cast(list[dict[str, Any]], document)), ""
     return chat.encode(tokenizer, text), chat.protected_mask(tokenizer, text, protect), lead
 
 

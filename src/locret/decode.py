@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -178,7 +178,7 @@ class Stream:
         """The answer so far."""
         return self._decoder.outputs()[0]
 
-    def _run(self, on_end: Callable[[Decoder], object] | None) -> Iterator[str]:
+    def _run(self, on_end: Callable[[Decoder], object] | None) -> Generator[str]:
         try:
             for pieces in self._decoder.pieces():
                 if pieces[0]:

@@ -44,7 +44,7 @@ class Sampler:
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
         """ids [B, tokens so far] (read by the repetition penalty only), logits [B, V]; returns [B]."""
-        logits = cast(Tensor, self._filters(ids, logits.float()))
+        logits = self._filters(cast(torch.LongTensor, ids), cast(torch.FloatTensor, logits.float()))
         if self._greedy:
             return logits.argmax(-1)
         weights = logits.softmax(-1)

@@ -295,7 +295,7 @@ def passkey_fact(world: World) -> Fact:
 def chain_fact(world: World, hops: int | None = None) -> Fact:
     """X1 = 12345, X2 = X1 ...: the first ask is for the last variable, the others for those before it."""
     rng = world.rng
-    hops = rng.randrange(1, 5) if hops is None else hops
+    hops = rng.randrange(1, 4) if hops is None else hops
     value = world.digits(5)
     names = [world.variable() for _ in range(hops + 1)]
     place, held = _chain_style(rng, world.wording)

@@ -110,7 +110,8 @@ def _filler(rng: random.Random, fillers: Fillers) -> Filler:
 
 def _plan(rng: random.Random, kind: str, length: int, attempt: int) -> Plan:
     """Draw a document of this kind; every further attempt asks for less."""
-    low, high = (4, 16) if length <= 2048 else (2, 8) if length <= 4096 else (1, 8)
+    # a long document is paid for once, by its length; more questions about it are nearly free
+    low, high = (4, 16) if length <= 4096 else (4, 24)
     shrink = 2**attempt
     num_questions = max(1, rng.randint(low, high) // shrink)
     if kind == "copying":

@@ -10,7 +10,7 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -37,12 +37,12 @@ def attach(
     """
     config = CacheConfig.from_dict(cache_options)
     llm = LLM.build(Backbone(model), heads=heads, method=method, method_options=method_options, config=config)
-    bound = model.generate
-    model.generate = functools.partial(bound, custom_generate=functools.partial(_loop, llm=llm))  # type: ignore[method-assign]
+    generate = functools.partial(cast(Any, model).generate, custom_generate=functools.partial(_loop, llm=llm))
+    model.__dict__["generate"] = generate  # past nn.Module's __setattr__
     try:
         yield model
     finally:
-        del model.generate  # the class's own method shows again
+        del model.__dict__["generate"]  # the class's own method shows again
 
 
 @torch.inference_mode()
@@ -66,7 +66,9 @@ def _loop(
     with llm.backbone.seam():
         logits = _scatter([(rows, reader.read(part)) for rows, reader, part in groups], len(ids))
         while True:
-            scores = logits_processor(ids, logits.to(torch.float32, copy=True))
+            scores = logits_processor(
+                cast(torch.LongTensor, ids), cast(torch.FloatTensor, logits.to(torch.float32, copy=True))
+            )
             if generation_config.do_sample:
                 tokens = torch.multinomial(scores.softmax(-1), 1)[:, 0]
             else:
@@ -75,14 +77,14 @@ def _loop(
             ids = torch.cat((ids, tokens[:, None]), 1)
             if streamer is not None:
                 streamer.put(tokens.cpu())
-            running &= ~stopping_criteria(ids, None)
+            running &= ~stopping_criteria(cast(torch.LongTensor, ids), cast(torch.FloatTensor, None))
             if not running.any():
                 break
             logits = _scatter([(rows, reader.step(tokens[rows])) for rows, reader, _ in groups], len(ids))
     if streamer is not None:
         streamer.end()
     if generation_config.return_dict_in_generate:
-        return GenerateDecoderOnlyOutput(sequences=ids)
+        return GenerateDecoderOnlyOutput(sequences=cast(torch.LongTensor, ids))
     return ids
 
 

@@ -1,0 +1,74 @@
+"""Train the embedded model's retaining heads: the paper's loss, on generated samples that hold two families out.
+
+    python recipes/embedded/heads.py --text FOLDER --output src/locret/models/embedded/heads
+
+Questions about `word` and `passkey` facts, and such facts themselves, never occur in the samples
+(locret.tasks.build.HELD_OUT_FAMILIES): what the heads keep of them shows whether they learnt what matters or what they
+were shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from locret.backbone import EMBEDDED, Backbone
+from locret.files import write_text
+from locret.heads import RetainingHeads
+from locret.tasks.filler import CorpusFiller, ProseFiller
+from locret.tasks.mixture import head_samples
+from locret.train import TrainConfig, progress_bar, train
+
+
+def make_part(job: tuple[Path, Path, Path, int, int, tuple[int, int]]) -> list[dict[str, Any]]:
+    """One worker's samples: prompt and answer ids."""
+    text, cache, model, count, seed, lengths = job
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    fillers = {
+        "corpus": CorpusFiller.from_folder(text, tokenizer, split="train", cache=cache),
+        "prose": ProseFiller.from_seed(0, tokenizer),
+    }
+    found = head_samples(tokenizer, fillers, count=count, length_range=lengths, seed=seed)
+    return [{"prompt_ids": list(s["prompt_ids"]), "answer_ids": list(s["answer_ids"])} for s in found]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--text", type=Path, required=True, help="folder with the corpus")
+    parser.add_argument("--cache", type=Path, default=Path("runs/tokens"))
+    parser.add_argument("--model", type=Path, default=EMBEDDED)
+    parser.add_argument("--output", type=Path, default=EMBEDDED / "heads")
+    parser.add_argument("--work", type=Path, default=Path("runs/heads"), help="checkpoint and log")
+    parser.add_argument("--samples", type=int, default=3600)
+    parser.add_argument("--steps", type=int, default=3500)
+    parser.add_argument("--lengths", type=int, nargs=2, default=(1024, 8192))
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 2))
+    args = parser.parse_args()
+    began = time.perf_counter()
+    each = -(-args.samples // args.workers)
+    jobs = [(args.text, args.cache, args.model, each, 1000 + i, tuple(args.lengths)) for i in range(args.workers)]
+    with ProcessPoolExecutor(args.workers) as pool:
+        samples = [sample for part in pool.map(make_part, jobs) for sample in part]
+    print(f"{len(samples)} samples in {time.perf_counter() - began:.0f} s", flush=True)
+    config = TrainConfig(
+        steps=args.steps, lr=args.lr, max_length=args.lengths[1], eval_every=500, log_every=50, checkpoint_every=1000,
+        description="locret.tasks.mixture.head_samples without the families word and passkey",
+    )  # fmt: skip
+    with progress_bar() as report:
+        result = train(Backbone.load(args.model), samples, args.work, config, on_progress=report)
+    print(result.summary(), flush=True)
+    RetainingHeads.from_pretrained(args.work).to(torch.bfloat16).save_pretrained(args.output)
+    write_text(args.output / "training.jsonl", (args.work / "log.jsonl").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
