@@ -164,7 +164,9 @@ class MaskedReference:
         """x [T, D] rotated to positions `at` [T]: pairs (i, i + D / 2)."""
         rotary = self.model.model.rotary_emb
         angles = at.double()[:, None] * rotary.inv_freq.double()[None]
-        cos, sin = ((f(angles.float()) * rotary.attention_scaling).double().repeat(1, 2) for f in (torch.cos, torch.sin))
+        cos, sin = (
+            (f(angles.float()) * rotary.attention_scaling).double().repeat(1, 2) for f in (torch.cos, torch.sin)
+        )
         half = self.d // 2
         return x * cos + torch.cat((-x[:, half:], x[:, :half]), -1) * sin
 

@@ -10,7 +10,15 @@ from conftest import build_tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import (
-    MaskedReference, kept, method_of, naive_head_scores, naive_key_norm, naive_recency, reader_of, relative, tokens,
+    MaskedReference,
+    kept,
+    method_of,
+    naive_head_scores,
+    naive_key_norm,
+    naive_recency,
+    reader_of,
+    relative,
+    tokens,
 )  # fmt: skip
 
 import locret.prefill

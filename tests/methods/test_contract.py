@@ -1,0 +1,286 @@
+"""What every method in the registry promises, and for each one its own slow oracle.
+
+A new method is found by its registration; only its oracle has to be added here.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import build_tiny_model
+from oracles import (
+    kept,
+    method_of,
+    naive_head_scores,
+    naive_key_norm,
+    random_heads,
+    reader_of,
+    relative,
+    spy_lengths,
+    tokens,
+)  # fmt: skip
+
+from locret.backbone import Backbone
+from locret.config import CacheConfig
+from locret.errors import ConfigError
+from locret.methods import ChunkView, get_method, list_methods
+from locret.prefill import Reader
+from locret.select import reference_keep
+
+NAMES = [info.name for info in list_methods()]
+EVICTING = [name for name in NAMES if name != "full"]
+N = 101
+
+
+@pytest.fixture(scope="module")
+def exact():
+    return Backbone(build_tiny_model("llama", dtype=torch.float64))
+
+
+def run(backbone, name, ids, *, steps=0, num_protected=0, protected=None, **options):
+    """Prefill and `steps` decode steps: (logits of each, reader)."""
+    method = method_of(name, backbone)
+    config = CacheConfig(**options)
+    n = ids.shape[1] - steps
+    with torch.inference_mode():
+        reader = Reader.start(backbone, method, config, batch=len(ids), prompt_len=n, num_protected=num_protected)
+        logits = [reader.read(ids[:, :n], protected=protected)]
+        logits += [reader.step(ids[:, i]) for i in range(n, n + steps)]
+    return torch.stack(logits, 1), reader
+
+
+def plain(backbone, ids):
+    with torch.no_grad():
+        return backbone.model(ids, use_cache=False).logits
+
+
+# ---------------------------------------------------------------------- every method
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+@pytest.mark.parametrize("name", EVICTING)
+def test_lengths_stay_in_the_budget(exact, monkeypatch, name, positions):
+    with spy_lengths(monkeypatch) as seen:
+        _, reader = run(exact, name, tokens(N + 30), steps=30, budget=40, chunk_size=16, positions=positions)
+    assert max(seen.held) == 40
+    assert max(seen.joined) <= 56
+    assert all((layer.units().position.diff(dim=-1) > 0).all() for layer in reader.cache.layers)
+    assert reader.cache.seen == N + 30
+
+
+@pytest.mark.parametrize("name", EVICTING)
+def test_sinks_and_the_newest_units_survive(exact, name):
+    """After the prompt the local window, while decoding max(stabilizers, local window)."""
+    options = dict(budget=40, chunk_size=16, num_sinks=3, num_stabilizers=8, local_window=6, decode_interval=1)
+    for steps in (0, 1, 25):
+        _, reader = run(exact, name, tokens(N + steps), steps=steps, **options)
+        newest = 6 if steps == 0 else min(8, 6 + steps)
+        want = {0, 1, 2} | set(range(N + steps - newest, N + steps))
+        assert all(want <= set(head) for layer in kept(reader) for head in layer), steps
+
+
+@pytest.mark.parametrize("name", EVICTING)
+def test_protected_units_survive_prefill_and_decoding(exact, name):
+    mask = torch.zeros(N, dtype=torch.bool)
+    mask[[8, 9, 31, 32, 64, 98]] = True
+    for steps in (0, 40):
+        _, reader = run(exact, name, tokens(N + steps), steps=steps, num_protected=6, protected=mask, budget=40,
+                        chunk_size=16)  # fmt: skip
+        assert all({8, 9, 31, 32, 64, 98} <= set(head) for layer in kept(reader) for head in layer)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_with_budget_for_all_logits_are_the_plain_models(exact, name):
+    """U1, the lossless limit."""
+    ids = tokens(N + 8)
+    for chunk in (16, 200):
+        got, _ = run(exact, name, ids, steps=8, budget=N + 8, chunk_size=chunk)
+        assert relative(got[0], plain(exact, ids)[0, N - 1 :]) < 1e-12
+
+
+@pytest.mark.parametrize("name", EVICTING)
+def test_one_chunk_is_the_whole_prompt_scored_once(exact, name):
+    """U5: with a chunk as long as the prompt the last logits are exact, the keep set is one selection by its scores,
+    and how much longer the chunk is makes no difference."""
+    ids = tokens(N)
+    options = dict(budget=40, local_window=0, num_stabilizers=10, num_sinks=4)
+    got, reader = run(exact, name, ids, chunk_size=N, **options)
+    assert relative(got[0, 0], plain(exact, ids)[0, -1]) < 1e-12
+    again, other = run(exact, name, ids, chunk_size=5 * N, **options)
+    assert torch.equal(again, got)
+    assert kept(other) == kept(reader)
+    _, everything = run(exact, name, ids, chunk_size=N, **(options | dict(budget=N + 50)))
+    for layer, whole in zip(kept(reader), everything.cache.layers, strict=True):
+        scores = whole.units().score
+        pinned = (torch.arange(N) < 4).expand(1, 2, N)
+        want = reference_keep(scores, 40, pinned)[0]
+        for head in range(2):  # by score and not by number: pooled SnapKV votes tie
+            assert sorted(scores[0, head, layer[head]].tolist()) == sorted(scores[0, head, want[head]].tolist())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_row_of_a_batch_is_the_row_alone(exact, name):
+    """U6."""
+    ids = tokens(N + 12, batch=3)
+    got, together = run(exact, name, ids, steps=12, budget=40, chunk_size=16)
+    for row in range(3):
+        want, alone = run(exact, name, ids[row : row + 1], steps=12, budget=40, chunk_size=16)
+        assert kept(together, row) == kept(alone)
+        assert relative(got[row], want[0]) < 1e-12
+
+
+@pytest.mark.parametrize("name", EVICTING)
+def test_the_same_input_keeps_the_same_units_again(exact, name):
+    ids = tokens(N)
+    first, second = (kept(run(exact, name, ids, budget=40, chunk_size=16)[1]) for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize("family", ["gemma3", "smollm3", "phi3", "mixtral", "yarn"])
+@pytest.mark.parametrize("name", NAMES)
+def test_other_families_run_in_the_budget(name, family):
+    backbone = Backbone(build_tiny_model(family))
+    got, reader = run(backbone, name, tokens(60 + 6), steps=6, budget=30, chunk_size=16)
+    assert got.isfinite().all()
+    if name != "full":
+        assert reader.cache.held <= 30
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_are_one_number_a_unit(exact, name):
+    method = method_of(name, exact)
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, 11, 8, generator=g, dtype=torch.float64) for h in (8, 2, 2))
+    keys = torch.randn(2, 2, 30, 8, generator=g, dtype=torch.float64)
+    view = ChunkView(0, q, k, v, 19, 0.35, q, keys, torch.zeros(2, 2, 19))
+    scores = method.score(view)
+    assert scores.shape == (2, 2, 30 if method.rescoring else 11)
+    assert scores.dtype == torch.float32
+    assert scores.isfinite().all()
+
+
+def test_the_list_says_what_each_method_is():
+    for info in list_methods():
+        assert info.summary
+        assert info.name == info.name.lower()
+        assert isinstance(info.query_aware, bool)
+        assert info.trained == (info.name == "locret")
+        assert info.bounded_prefill == (info.name != "full")
+    assert {"full", "knorm", "locret", "random", "recency", "snapkv"} <= set(NAMES)
+
+
+def test_unknown_methods_and_options_name_the_nearest(exact):
+    with pytest.raises(ConfigError, match=r"did you mean 'snapkv'"):
+        get_method("snapvk")
+    with pytest.raises(ConfigError, match=r"option of method snapkv 'kernel'.*did you mean 'kernel_size'"):
+        get_method("snapkv", kernel=3)
+    with pytest.raises(ConfigError, match="needs heads.*knorm"):
+        get_method("locret")
+
+
+# ---------------------------------------------------------------------- oracles, one a method
+
+
+def chunk_view(t=13, prefix=20, heads=(8, 2), dim=8, batch=2, seed=0, layer=0):
+    g = torch.Generator().manual_seed(seed)
+    q, k, v, q_rotated = (
+        torch.randn(batch, h, t, dim, generator=g, dtype=torch.float64)
+        for h in (heads[0], heads[1], heads[1], heads[0])
+    )
+    keys = torch.randn(batch, heads[1], prefix + t, dim, generator=g, dtype=torch.float64)
+    return ChunkView(layer, q, k, v, prefix, 0.3, q_rotated, keys, torch.zeros(batch, heads[1], prefix))
+
+
+def test_locret_scores_are_the_heads_read_naively(exact):
+    heads = random_heads(exact)
+    naive = naive_head_scores(heads)
+    for layer in range(2):
+        view = chunk_view(layer=layer, batch=1)
+        want = naive(layer, view.q, view.k, view.v, 0)
+        got = get_method("locret", heads=heads).score(view)
+        torch.testing.assert_close(got[0].double(), want, rtol=1e-5, atol=1e-7)
+
+
+def test_knorm_is_minus_the_length_of_the_key():
+    view = chunk_view(batch=1)
+    got = get_method("knorm").score(view)
+    torch.testing.assert_close(got[0].double(), naive_key_norm(0, view.q, view.k, view.v, 0), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("chunk", [1, 16, 60])
+def test_recency_keeps_the_sinks_and_the_last_units(exact, chunk):
+    for steps in (0, 20):
+        _, reader = run(exact, "recency", tokens(N + steps), steps=steps, budget=40, chunk_size=chunk, num_sinks=4,
+                        decode_interval=1, num_stabilizers=0, local_window=0)  # fmt: skip
+        want = [*range(4), *range(N + steps - 36, N + steps)]
+        assert kept(reader) == [[want] * 2] * 2
+
+
+def test_random_draws_depend_on_the_seed_the_layer_and_the_position_only():
+    """Not on what else the chunk holds: the docstring's promise, and U5 for a method without scores."""
+    random = get_method("random", seed=3)
+    whole = random.score(chunk_view(t=40, prefix=0))
+    assert torch.equal(random.score(chunk_view(t=40, prefix=0, seed=9)), whole)
+    assert not torch.equal(get_method("random", seed=4).score(chunk_view(t=40, prefix=0)), whole)
+    assert not torch.equal(random.score(chunk_view(t=40, prefix=0, layer=1)), whole)
+    assert torch.equal(whole[0], whole[1])
+    assert not torch.equal(whole[:, 0], whole[:, 1])
+    parts = [random.score(chunk_view(t=8, prefix=start)) for start in range(0, 40, 8)]
+    assert torch.equal(torch.cat(parts, -1), whole)
+
+
+def test_random_keeps_old_and_new_units_equally_often(exact):
+    counts = torch.zeros(200)
+    for seed in range(40):
+        method = get_method("random", seed=seed)
+        with torch.inference_mode():
+            reader = reader_of(exact, method, 200, budget=60, chunk_size=20, num_sinks=0, num_stabilizers=0,
+                               local_window=0)  # fmt: skip
+            reader.read(tokens(200))
+        for layer in kept(reader):
+            for head in layer:
+                counts[head] += 1
+    first, second = counts[:100].sum().item(), counts[100:].sum().item()
+    assert abs(first - second) < 0.08 * (first + second)
+
+
+@pytest.mark.parametrize(("t", "prefix", "window", "kernel"), [
+    (13, 20, 5, 7), (13, 0, 5, 3), (3, 20, 32, 5), (1, 4, 4, 1), (40, 9, 8, 7), (1, 0, 4, 7),
+])  # fmt: skip
+def test_snapkv_votes_are_those_of_plain_loops(t, prefix, window, kernel):
+    """Softmax over what each of the last queries sees, summed over them, mean over the group, max over neighbours."""
+    view = chunk_view(t=t, prefix=prefix)
+    got = get_method("snapkv", window=window, kernel_size=kernel).score(view)
+    w, s, group = min(window, t), prefix + t, 4
+    for b in range(2):
+        for head in range(2):
+            votes = [0.0] * s
+            for g in range(group):
+                for i in range(t - w, t):
+                    q = view.q_rotated[b, head * group + g, i].tolist()
+                    seen = prefix + i + 1
+                    logits = [
+                        0.3 * sum(x * y for x, y in zip(q, view.keys[b, head, j].tolist(), strict=True))
+                        for j in range(seen)
+                    ]
+                    top = max(logits)
+                    total = sum(math.exp(x - top) for x in logits)
+                    for j in range(seen):
+                        votes[j] += math.exp(logits[j] - top) / total / group
+            for j in range(s):
+                near = votes[max(0, j - kernel // 2) : j + kernel // 2 + 1]
+                want = float(w) if j >= s - w else max(near)
+                assert got[b, head, j].item() == pytest.approx(want, rel=1e-5, abs=1e-7)
+
+
+def test_snapkv_never_ranks_a_unit_above_its_window(exact):
+    view = chunk_view(t=30, prefix=50)
+    got = get_method("snapkv", window=8, kernel_size=5).score(view)
+    assert (got[..., :-8].amax(-1) <= got[..., -8:].amin(-1)).all()
+
+
+def test_full_keeps_everything(exact):
+    _, reader = run(exact, "full", tokens(N + 5), steps=5, budget=40, chunk_size=16)
+    assert kept(reader) == [[list(range(N + 5))] * 2] * 2
