@@ -336,7 +336,7 @@ def test_latent_attention_with_other_value_sizes_is_refused_by_number():
         v_head_dim=12, n_routed_experts=4, num_experts_per_tok=1, first_k_dense_replace=9, num_key_value_heads=8,
         intermediate_size=32, n_group=1, topk_group=1,
     )  # fmt: skip
-    with pytest.raises(BackboneError, match="layer 0: q .* differ in head dim"):
+    with pytest.raises(BackboneError, match=r"layer 0: q .* differ in head dim"):
         Backbone(model)
 
 

@@ -312,7 +312,7 @@ def read_long(backbone, length, *, method="knorm", **options):
 
 
 def test_allocated_bytes_are_the_same_for_16k_64k_and_256k_tokens(tiniest):
-    """Real prefills. Every allocation is counted, so a cache, score list or table that grew by a byte a token is red."""
+    """Real prefills, every allocation counted: a cache, score list or table that grew by a byte a token is red."""
     runs = [read_long(tiniest, length, budget=1024) for length in (16_384, 65_536, 262_144)]
     peaks, alive, readers = zip(*runs, strict=True)
     assert len(set(peaks)) == 1, peaks

@@ -176,7 +176,7 @@ def test_unknown_methods_and_options_name_the_nearest(exact):
         get_method("snapvk")
     with pytest.raises(ConfigError, match=r"option of method snapkv 'kernel'.*did you mean 'kernel_size'"):
         get_method("snapkv", kernel=3)
-    with pytest.raises(ConfigError, match="needs heads.*knorm"):
+    with pytest.raises(ConfigError, match=r"needs heads.*knorm"):
         get_method("locret")
 
 
