@@ -149,6 +149,16 @@ def test_attach_refuses_what_it_cannot_do():
         pass
 
 
+def test_attach_inside_attach_goes_back_to_the_outer_one():
+    model = build_tiny_model("llama")
+    with attach(model, method="knorm", **SMALL):
+        outer = vars(model)["generate"]
+        with attach(model, method="recency", **SMALL):
+            pass
+        assert vars(model)["generate"] is outer
+    assert "generate" not in vars(model)
+
+
 @pytest.mark.parametrize("options", [dict(assistant_model=True), dict(prompt_lookup_num_tokens=3)], ids=str)
 def test_attach_refuses_assisted_decoding(options):
     """transformers drops the assistant before it calls our loop: the user would get another speed without a word."""
