@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--lengths", type=int, nargs=2, default=(1024, 8192))
     parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--init", default="", help="heads to go on from")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 2))
     args = parser.parse_args()
     began = time.perf_counter()
@@ -60,7 +61,7 @@ def main() -> None:
         samples = [sample for part in pool.map(make_part, jobs) for sample in part]
     print(f"{len(samples)} samples in {time.perf_counter() - began:.0f} s", flush=True)
     config = TrainConfig(
-        steps=args.steps, lr=args.lr, max_length=args.lengths[1], eval_every=500, log_every=50, checkpoint_every=1000,
+        steps=args.steps, lr=args.lr, init=args.init, max_length=args.lengths[1], eval_every=500, log_every=50, checkpoint_every=1000,
         description="locret.tasks.mixture.head_samples without the families word and passkey",
     )  # fmt: skip
     with progress_bar() as report:

@@ -164,6 +164,13 @@ class Trainer:
         }
         atomic_write(path, lambda temporary: torch.save(state, temporary))
 
+    def start_from(self, folder: Path) -> None:
+        """Begin with the weights of an exported model instead of random ones."""
+        from safetensors.torch import load_file
+
+        weights = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
+        self.model.load_state_dict(weights)
+
     def load(self, path: Path) -> None:
         if not path.is_file():
             raise DataError(f"no checkpoint at {path}; start without --resume")
@@ -231,6 +238,7 @@ def train(
     *,
     device: torch.device,
     resume: bool = False,
+    init: Path | None = None,
     stop_after: float = math.inf,
     stop: Stop | None = None,
     evaluate: bool = False,
@@ -250,6 +258,8 @@ def train(
         trainer = Trainer(recipe, device)
         if resume:
             trainer.load(checkpoint)
+        if init is not None:
+            trainer.start_from(init)
         position = trainer.position
         first = position["stage"]
         if first < len(recipe.stages):
@@ -391,6 +401,7 @@ def main() -> None:
         sub.add_argument("--read-compile-cache", type=Path)
     sub = verbs.choices["train"]
     sub.add_argument("--resume", action="store_true")
+    sub.add_argument("--init", type=Path, help="folder of an exported model to go on from, with new optimisers")
     sub.add_argument("--stop-after", type=float, default=math.inf, help="seconds since start; saves, to --resume")
     sub.add_argument("--evaluate", action="store_true", help="the full table once the run is over")
     sub.add_argument("--pack", type=Path, help="pack the exported model into this folder")
@@ -427,6 +438,7 @@ def main() -> None:
         args.work,
         device=device,
         resume=args.resume,
+        init=args.init,
         stop_after=args.stop_after,
         stop=stop,
         evaluate=args.evaluate,

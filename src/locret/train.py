@@ -72,6 +72,7 @@ class TrainConfig:
         truncate: ... or, as in the release, run whole, and only its first max_length prompt tokens are learned from.
         eval_samples: held-out samples; None is 5 % of the data, at most 16.
         eval_every, log_every, checkpoint_every: steps. The loss is read from the device every log_every steps.
+        init: folder or Hub id of heads to go on from; empty: random ones.
         seed: of the heads' first weights, the held-out split and the order of samples.
         description: of the training data; stored with the heads.
     """
@@ -91,6 +92,7 @@ class TrainConfig:
     eval_every: int = 100
     log_every: int = 10
     checkpoint_every: int = 200
+    init: str = ""
     seed: int = 0
     description: str = ""
 
@@ -103,7 +105,8 @@ class TrainConfig:
         _check("clip_value", self.clip_value, float, lambda v: v > 0, "above 0")
         _check("seed", self.seed, int, lambda v: v >= 0, "a whole number of at least 0")
         _check("truncate", self.truncate, bool, lambda v: True, "true or false")
-        _check("description", self.description, str, lambda v: True, "text")
+        for name in ("description", "init"):
+            _check(name, getattr(self, name), str, lambda v: True, "text")
         _check("betas", self.betas, (tuple, list), _are_betas, "two numbers in [0, 1)")
         object.__setattr__(self, "betas", tuple(self.betas))
         if self.warmup_steps is not None:
@@ -340,7 +343,11 @@ class _Run:
         return order[:held], order[held:]
 
     def _new_heads(self) -> RetainingHeads:
-        """Random weights that depend on the seed only; layers without a budget get zeros."""
+        """Those of `init`, or random weights that depend on the seed only; layers without a budget get zeros."""
+        if self.config.init:
+            heads = RetainingHeads.from_pretrained(self.config.init)
+            heads.check(self.backbone)
+            return heads.float().requires_grad_(True).to(self.backbone.device)
         config = HeadsConfig.of(self.backbone, hidden_size=self.config.hidden_size)
         heads = RetainingHeads(config, generator=torch.Generator().manual_seed(self.config.seed))
         for i in set(range(config.num_layers)) - set(self.learned):

@@ -118,6 +118,8 @@ class Plan:
     hard: bool = False  # chains are asked for every variable, facts come with hard distractors
     fill: float = 1.0
     chain_share: float = 0.2
+    garble: float = 0.0  # see families.World; training only, as are the hints
+    hints: float = 0.0
 
 
 Fit = Callable[[tuple[Question, ...]], int]  # questions -> tokens the document must have
@@ -217,7 +219,7 @@ class _Piece:
 
 
 def _sparse(rng: random.Random, plan: Plan, encoder: Encoder, filler: Filler, fit: Fit, seed: int | str) -> Sample:
-    world = f.World(rng, plan.wording, plan.values)
+    world = f.World(rng, plan.wording, plan.values, garble=plan.garble, hints=plan.hints)
     facts = make_facts(world, plan)
     asks = _choose_asks(rng, facts, plan)
     drafts = [

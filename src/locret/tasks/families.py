@@ -7,8 +7,10 @@ person with several relations, a key with both a number and a word.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
+import re
 import string
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -59,6 +61,8 @@ class World:
     keys: list[str] = field(default_factory=list)
     persons: list[str] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
+    garble: float = 0.0  # training only: how often a fact and its question are put in arbitrary words
+    hints: float = 0.0  # training only: how often a link of a chain says the value it leads to
     attributes: set[tuple[str, str]] = field(default_factory=set)  # (key or person, attribute) already stated
 
     def __post_init__(self) -> None:
@@ -68,6 +72,11 @@ class World:
         """A word of a list."""
         options = words(section, self.values)
         return options[int(self.rng.random() * len(options))]
+
+    def garbles(self) -> bool:
+        """Whether the next fact is put in arbitrary words. It must be the only one about its key or person: then the
+        name alone finds it, whatever the words around it, which is what unseen wordings ask of a reader."""
+        return self.wording == "train" and self.garble > 0 and self.rng.random() < self.garble
 
     def fresh(self, make: Callable[[], str]) -> str:
         """A string of this kind that the document does not have yet."""
@@ -149,6 +158,8 @@ class World:
             return str(rng.randrange(1820, 2005))
         if kind == "digits4":
             return self.digits(4)
+        if self.garble > 0 and kind == "word" and rng.random() < 0.3:  # copy it as it stands, known or not
+            return invented(rng).lower() if rng.random() < 0.5 else self.pick("nouns") + self.pick("nouns")
         return self.pick(_LIST_OF[kind])
 
     def variable(self) -> str:
@@ -163,6 +174,27 @@ class World:
             return f"{self.pick('adjectives')}_{self.pick('nouns')}"
 
         return self.fresh(make)
+
+
+def garbled(rng: random.Random, frame: Flat) -> Flat:
+    """The frame with some of its plain words replaced by words of other frames; slots stay."""
+    share = rng.uniform(0.2, 0.8)
+
+    def other(match: re.Match[str]) -> str:
+        return frame_words()[int(rng.random() * len(frame_words()))] if rng.random() < share else match[0]
+
+    return tuple(re.sub(r"(?<![\w'])[a-z]+(?![\w'])", other, part) if isinstance(part, str) else part for part in frame)
+
+
+@functools.cache
+def frame_words() -> tuple[str, ...]:
+    """Plain words of the training frames that are no values."""
+    frames = [frame for relation in RELATIONS.values() for pool in (relation.phrases.clauses, relation.phrases.direct)
+              for frame in pool.train]  # fmt: skip
+    frames += [*w.KEYED.clauses.train, *w.KEYED.direct.train, *w.FACT_WRAPPERS.train]
+    found = {word for frame in frames for word in re.findall(r"(?<![\w{^'])[a-z]+(?![\w}'])", frame)}
+    values = {word for section in _LIST_OF.values() for word in words(section, "any")}
+    return tuple(sorted(found - values))
 
 
 # ---- key -> number, word, uuid ------------------------------------------------------------------------------------
@@ -200,15 +232,25 @@ def number_fact(world: World, key: str | None = None) -> Fact:
 
 def word_fact(world: World, key: str | None = None) -> Fact:
     """key -> a plain word."""
-    return _keyed_fact(world, "word", world.fresh(lambda: world.pick("nouns")), key)
+    return _keyed_fact(world, "word", world.fresh(lambda: world.value("word")), key)
 
 
 def _keyed_fact(world: World, attribute: str, value: str, key: str | None) -> Fact:
+    alone = key is None and world.garbles()
     key = world.new_key() if key is None else key
     world.attributes.add((key, attribute))
     frame, attr = keyed_statement(world.rng, attribute, world.wording)
-    statement = fill(frame, {"key": key, "value": value})
-    return Fact(attribute, (statement,), (keyed_ask(key, attribute, attr, value),))
+    if not alone:
+        statement = fill(frame, {"key": key, "value": value})
+        return Fact(attribute, (statement,), (keyed_ask(key, attribute, attr, value),))
+    world.attributes |= {(key, "number"), (key, "word")}
+    statement = fill(garbled(world.rng, frame), {"key": key, "value": value})
+
+    def make(rng: random.Random, wording: str) -> str:
+        asked = _asked(rng, w.KEYED, {"attr": Pool((attr,), ())}, wording)
+        return fill(garbled(rng, asked), {"key": key}).text
+
+    return Fact(attribute, (statement,), (Ask(make, value),))
 
 
 def multivalue_fact(world: World) -> Fact:
@@ -241,6 +283,7 @@ def multivalue_fact(world: World) -> Fact:
 def relation_fact(world: World, person: str | None = None) -> Fact:
     """A person and one of the relations: lives in, works as, was born in, owns ..."""
     rng = world.rng
+    alone = person is None and world.garbles()
     person = world.new_person() if person is None else person
     free = [name for name in RELATIONS if (person, name) not in world.attributes]
     name = free[int(rng.random() * len(free))]
@@ -261,7 +304,11 @@ def relation_fact(world: World, person: str | None = None) -> Fact:
             frame = _asked(rng, LABELLED, {"label": labels}, wording)
         else:
             frame = _asked(rng, relation.phrases, {}, wording)
-        return fill(frame, {"person": person}).text
+        return fill(garbled(rng, frame) if alone else frame, {"person": person}).text
+
+    if alone:
+        world.persons.remove(person)  # no second fact about this person
+        frame = garbled(rng, frame)
 
     return Fact("fact", (fill(frame, slots, UNMARKED),), (Ask(make, value),))
 
@@ -305,7 +352,11 @@ def chain_fact(world: World, hops: int | None = None) -> Fact:
         if rng.random() < 0.15 and world.wording != "official":
             place, held = _chain_style(rng, world.wording)
         link = flatten(rng, parse((w.CHAIN_LINK.heldout if held else w.CHAIN_LINK.train)[place]), {}, world.wording)
-        statements.append(fill(link, {"name": name, "source": source}, UNMARKED))
+        statement = fill(link, {"name": name, "source": source}, UNMARKED)
+        if world.hints > 0 and rng.random() < world.hints:
+            text = statement.text.rstrip(".") + rng.choice((", that is {}", " ({})", " = {}", "; it is {}")).format(value)
+            statement = Rendered(text, statement.marks)
+        statements.append(statement)
     return Fact("chain", tuple(statements), tuple(_chain_ask(name, value) for name in reversed(names)))
 
 
