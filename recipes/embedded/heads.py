@@ -27,16 +27,18 @@ from locret.tasks.mixture import head_samples
 from locret.train import TrainConfig, progress_bar, train
 
 
-def make_part(job: tuple[Path, Path, Path, int, int, tuple[int, int]]) -> list[dict[str, Any]]:
+def make_part(job: tuple[Path, Path, Path, int, int, tuple[int, int], int]) -> list[dict[str, Any]]:
     """One worker's samples: prompt and answer ids."""
-    text, cache, model, count, seed, lengths = job
+    text, cache, model, count, seed, lengths, questions = job
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = AutoTokenizer.from_pretrained(model)
     fillers = {
         "corpus": CorpusFiller.from_folder(text, tokenizer, split="train", cache=cache),
         "prose": ProseFiller.from_seed(0, tokenizer),
     }
-    found = head_samples(tokenizer, fillers, count=count, length_range=lengths, seed=seed)
+    found = head_samples(
+        tokenizer, fillers, count=count, length_range=lengths, seed=seed, max_questions=questions
+    )  # fmt: skip
     return [{"prompt_ids": list(s["prompt_ids"]), "answer_ids": list(s["answer_ids"])} for s in found]
 
 
@@ -50,18 +52,23 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=3600)
     parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--lengths", type=int, nargs=2, default=(1024, 8192))
+    parser.add_argument("--questions", type=int, default=16, help="questions about one document, at most")
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--init", default="", help="heads to go on from")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 2))
     args = parser.parse_args()
     began = time.perf_counter()
     each = -(-args.samples // args.workers)
-    jobs = [(args.text, args.cache, args.model, each, 1000 + i, tuple(args.lengths)) for i in range(args.workers)]
+    jobs = [
+        (args.text, args.cache, args.model, each, 1000 + i, tuple(args.lengths), args.questions)
+        for i in range(args.workers)
+    ]
     with ProcessPoolExecutor(args.workers) as pool:
         samples = [sample for part in pool.map(make_part, jobs) for sample in part]
     print(f"{len(samples)} samples in {time.perf_counter() - began:.0f} s", flush=True)
     config = TrainConfig(
-        steps=args.steps, lr=args.lr, init=args.init, max_length=args.lengths[1], eval_every=500, log_every=50, checkpoint_every=1000,
+        steps=args.steps, lr=args.lr, init=args.init, max_length=args.lengths[1], eval_every=500, log_every=50,
+        checkpoint_every=500,
         description="locret.tasks.mixture.head_samples without the families word and passkey",
     )  # fmt: skip
     with progress_bar() as report:

@@ -37,19 +37,29 @@ def attach(
     """
     config = CacheConfig.from_dict(cache_options)
     llm = LLM.build(Backbone(model), heads=heads, method=method, method_options=method_options, config=config)
-    generate = functools.partial(cast(Any, model).generate, custom_generate=functools.partial(_loop, llm=llm))
-    model.__dict__["generate"] = generate  # past nn.Module's __setattr__
+    before = model.__dict__.get("generate")
+    model.__dict__["generate"] = functools.partial(_generate, llm, model)  # past nn.Module's __setattr__
     try:
         yield model
     finally:
-        del model.__dict__["generate"]  # the class's own method shows again
+        del model.__dict__["generate"]  # the class's own method shows again, or an outer attach
+        if before is not None:
+            model.__dict__["generate"] = before
+
+
+def _generate(llm: LLM, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """`model.generate` with our loop. transformers drops the streamer and the assistant for a loop of one's own."""
+    if kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens"):
+        raise ConfigError("assisted decoding needs a cache that can be rolled back; locret decodes token by token")
+    loop = functools.partial(_loop, llm=llm, streamer=kwargs.pop("streamer", None))
+    return cast(Any, type(model)).generate(model, *args, custom_generate=loop, **kwargs)
 
 
 @torch.inference_mode()
 def _loop(
     model: PreTrainedModel, input_ids: Tensor, logits_processor: LogitsProcessorList,
-    stopping_criteria: StoppingCriteriaList, generation_config: GenerationConfig, streamer: Any = None,
-    *, llm: LLM, **model_inputs: Any,
+    stopping_criteria: StoppingCriteriaList, generation_config: GenerationConfig, *, llm: LLM, streamer: Any,
+    **model_inputs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:  # fmt: skip
     """One call of `generate`. input_ids [B, T], left-padded where attention_mask [B, T] is 0.
 
@@ -59,6 +69,8 @@ def _loop(
         raise ConfigError(
             f"num_beams is {generation_config.num_beams}; locret decodes greedily or by sampling (1 beam)"
         )
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
     groups = _groups(input_ids, model_inputs.get("attention_mask"), llm, generation_config)
     ids = input_ids
     pad = _pad_id(generation_config)

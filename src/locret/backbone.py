@@ -292,7 +292,7 @@ class _Probe:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
         if v.shape != k.shape or q.shape[-1] != k.shape[-1]:
             raise BackboneError(f"layer {layer}: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} "
-                                "differ in head dim; locret stores one K and one V of the same size a unit")  # fmt: skip
+                                "differ in head dim; locret stores K and V of one size")  # fmt: skip
         self.q[layer], self.k[layer], self.calls[layer] = q, k, call
         return torch.zeros_like(q)
 

@@ -42,7 +42,8 @@ class Context:
     def __init__(self, llm: LLM, reader: Reader, *, lead: str, ids: list[int] | None = None) -> None:
         self.llm = llm
         self._reader = reader
-        self._lead = lead  # what the template puts before the next user text
+        self._lead = lead  # what the template puts before the next user text ...
+        self._open = False  # ... unless the user's turn has text already
         self._pending: list[int] = []  # chosen by the model, not read yet
         self._ids: list[Tensor] = [] if ids is None else [torch.tensor(ids, dtype=torch.int32)]
 
@@ -60,7 +61,7 @@ class Context:
         on_progress: Progress | None = None,
     ) -> Context:  # fmt: skip
         """See `LLM.compress`."""
-        ids, mask, lead = _encode_document(llm, document, protect)
+        ids, mask = _encode_document(llm, document, protect)
         if not ids:
             raise ConfigError("the document has no tokens; give some text")
         with torch.inference_mode():
@@ -68,8 +69,9 @@ class Context:
                 llm.backbone, llm.method, llm.config, batch=1, prompt_len=len(ids),
                 num_protected=0 if mask is None else int(mask.sum()),
             )  # fmt: skip
-            context = cls(llm, reader, lead=lead)
+            context = cls(llm, reader, lead="")
             context._read(ids, local_window=0, protected=mask, on_progress=on_progress)
+            context._open = isinstance(document, str)
         return context
 
     @property
@@ -125,20 +127,17 @@ class Context:
             raise ConfigError("give either sampling=Sampling(...) or its fields as keywords, not both")
         chosen = sampling or Sampling.from_dict(options)
         turns = _turns(self.llm)
-        ids = self._encode(message, turns.end if turns else "")
+        ids = self._encode(message, chat.JOIN, turns.end if turns else "")
 
         def prefill() -> Tensor:
-            # the question is what the answer will look at: all of it stays, unless it is long for this budget
-            budget = self.plan.budget
-            local = len(ids) if budget is None or len(ids) <= budget // 4 else self.plan.local_window
-            return self._read(ids, local_window=local)
+            return self._read(ids, local_window=len(ids) if self._can_pin(len(ids)) else None)
 
         def finished(decoder: Decoder) -> None:
             output = decoder.outputs()[0]
             read = output.tokens if decoder.pending[0] is None else output.tokens[:-1]
             self._ids.append(torch.tensor(read, dtype=torch.int32))
             self._pending = [] if decoder.pending[0] is None else [decoder.pending[0]]
-            self._lead = turns.again if turns else ""
+            self._lead, self._open = turns.again if turns else "", False
 
         device = self.llm.backbone.device
         history = torch.cat((self.ids.to(device), torch.tensor(ids, device=device)))[None]
@@ -146,17 +145,18 @@ class Context:
         return Stream(Decoder(self._reader, prefill, history, chosen, strip_start=strip), finished)
 
     def append(self, text: str | list[int], *, on_progress: Progress | None = None) -> None:
-        """Read more text behind what is there; for input without end. The newest units stay pinned."""
-        ids = self._encode(text, "")
+        """Read more text behind what is there, as it is; for input without end. The newest units stay pinned."""
+        ids = self._encode(text, "", "")
         if not ids:
             raise ConfigError("there is nothing to append; give some text")
         with torch.inference_mode():
             self._read(ids, local_window=0, more=True, on_progress=on_progress)
+        self._open = True
 
     def fork(self) -> Context:
         """An independent copy: what happens to one does not happen to the other."""
         twin = Context(self.llm, self._reader.copy(), lead=self._lead)
-        twin._pending, twin._ids = list(self._pending), list(self._ids)
+        twin._pending, twin._ids, twin._open = list(self._pending), list(self._ids), self._open
         return twin
 
     def kept(self) -> list[Tensor]:
@@ -179,6 +179,8 @@ class Context:
             "num_protected": self._reader.num_protected,
             "evicted": [layer.evicted for layer in self._reader.cache.layers],
             "lead": self._lead,
+            "open": self._open,
+            "sha256": _digest(tensors),
             "pending": self._pending,
         }
         atomic_write(path, lambda file: save_file(tensors, file, metadata={"locret": json.dumps(state)}))
@@ -202,11 +204,21 @@ class Context:
                 except (KeyError, RuntimeError, IndexError) as error:
                     raise ContextError(f"{path}: layer {i} is missing or has other shapes than this model") from error
         context = cls(llm, reader, lead=state["lead"])
-        context._pending, context._ids = list(state["pending"]), [tensors["ids"]]
+        context._pending, context._ids, context._open = list(state["pending"]), [tensors["ids"]], state["open"]
         return context
 
-    def _encode(self, text: str | list[int], end: str) -> list[int]:
-        """Ids of the next user text: what is pending, the template's texts around it, and the text."""
+    def _can_pin(self, count: int) -> bool:
+        """Whether a question may stay whole, as what the answer looks at: it fits and is not long for this budget."""
+        plan = self.plan
+        if plan.budget is None:
+            return True
+        return count <= plan.budget // 4 and plan.num_sinks + self._reader.num_protected + count <= plan.budget
+
+    def _encode(self, text: str | list[int], join: str, end: str) -> list[int]:
+        """Ids of the next user text: what is pending, the template's texts around it, and the text.
+
+        `join` stands between it and text that is already in the same turn.
+        """
         if not isinstance(text, str):
             return [*self._pending, *text]
         tokenizer = self.llm.backbone.tokenizer
@@ -214,14 +226,13 @@ class Context:
             raise ConfigError("this model was given without a tokenizer; give token ids")
         if not text.strip():
             raise ConfigError("the text is empty; give some words")
-        return [*self._pending, *chat.encode(tokenizer, self._lead + text + end)]
+        lead = join if self._open else self._lead
+        return [*self._pending, *chat.encode(tokenizer, lead + text + end)]
 
     def _read(self, ids: list[int], **options: Any) -> Tensor:
         logits = self._reader.read(torch.tensor([ids], device=self.llm.backbone.device), **options)
         self._ids.append(torch.tensor(ids, dtype=torch.int32))
         self._pending = []
-        turns = _turns(self.llm)
-        self._lead = chat.JOIN if turns else ""
         return logits
 
 
@@ -232,7 +243,8 @@ def model_digest(llm: LLM) -> str:
     heads = getattr(llm.method, "heads", None)
     parts += [] if heads is None else list(heads.parameters())
     for parameter in parts:
-        sample = parameter.detach().flatten()[:64].to(device="cpu", dtype=torch.bfloat16)
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, len(flat) // 64)].to(device="cpu", dtype=torch.bfloat16)
         digest.update(sample.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -243,22 +255,22 @@ def _turns(llm: LLM) -> chat.Turns | None:
 
 def _encode_document(
     llm: LLM, document: str | list[dict[str, Any]] | list[int], protect: Sequence[str]
-) -> tuple[list[int], Tensor | None, str]:
-    """Ids, protected mask, and what the template puts before the question."""
+) -> tuple[list[int], Tensor | None]:
+    """Ids and protected mask."""
     tokenizer = llm.backbone.tokenizer
     if isinstance(document, list) and document and isinstance(document[0], int):
         if protect:
             raise ConfigError("protect names pieces of text; a document of token ids has none")
-        return document, None, ""
+        return document, None
     if tokenizer is None:
         raise ConfigError("this model was given without a tokenizer; give token ids")
     if isinstance(document, str):
         if not document.strip():
             raise ConfigError("the document is empty; give some text")
-        text, lead = chat.Turns.of(tokenizer).begin + document, chat.JOIN
+        text = chat.Turns.of(tokenizer).begin + document
     else:
-        text, lead = chat.before_next_user_turn(tokenizer, cast(list[dict[str, Any]], document)), ""
-    return chat.encode(tokenizer, text), chat.protected_mask(tokenizer, text, protect), lead
+        text = chat.before_next_user_turn(tokenizer, cast(list[dict[str, Any]], document))
+    return chat.encode(tokenizer, text), chat.protected_mask(tokenizer, text, protect)
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -271,9 +283,21 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             state = json.loads((file.metadata() or {}).get("locret", "null"))
             if not isinstance(state, dict) or state.get("format") != _FORMAT:
                 raise ContextError(f"{path} is a safetensors file but not a saved context of this version ({_FORMAT})")
-            return state, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise ContextError(f"{path} is broken or truncated ({error}); save the context again") from error
+    if "ids" not in tensors or state.get("sha256") != _digest(tensors):
+        raise ContextError(f"{path} is damaged: its contents do not match their checksum; save the context again")
+    return state, tensors
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """sha256 over all names and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _check_same(path: str | Path, state: dict[str, Any], llm: LLM) -> None:

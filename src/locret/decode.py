@@ -80,6 +80,7 @@ class Decoder:
             self._texts = [TextStream(backbone.tokenizer, sampling.stop, strip_start=strip_start) for _ in range(rows)]
         self._tokens: list[list[int]] = [[] for _ in range(rows)]
         self._reasons: list[str | None] = [None] * rows
+        self._prompt_tokens = 0
         self._prefill_seconds = self._decode_seconds = 0.0
         self.pending: list[int | None] = [None] * rows
 
@@ -89,6 +90,7 @@ class Decoder:
         started = time.perf_counter()
         with self._reader.backbone.seam():
             logits = self._prefill()
+            self._prompt_tokens = self._reader.cache.seen
             tokens = self._sampler(self._ids, logits)
             chosen = tokens.tolist()  # waits for the device, so the clock below is honest
             self._prefill_seconds = time.perf_counter() - started
@@ -141,8 +143,7 @@ class Decoder:
     def _stats(self, row: int) -> Stats:
         cache = self._reader.cache
         rows = cache.batch
-        decoded = max(len(self._tokens[i]) for i in range(rows)) - 1
-        prompt = cache.seen - max(0, decoded)
+        prompt = self._prompt_tokens
         return Stats(
             prompt_tokens=prompt,
             new_tokens=len(self._tokens[row]),

@@ -6,6 +6,7 @@ tokens here and there. Shapes: B rows, V vocabulary.
 
 from __future__ import annotations
 
+import os
 from typing import cast
 
 import torch
@@ -39,7 +40,7 @@ class Sampler:
                 self._filters.append(TopPLogitsWarper(sampling.top_p))
             if sampling.min_p > 0.0:
                 self._filters.append(MinPLogitsWarper(sampling.min_p))
-        seed = torch.seed() if sampling.seed is None else sampling.seed
+        seed = int.from_bytes(os.urandom(7)) if sampling.seed is None else sampling.seed
         self._generators = [torch.Generator(device).manual_seed(seed) for _ in range(rows)]
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:

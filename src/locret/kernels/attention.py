@@ -102,23 +102,20 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | Non
     b, hq, t, d = q.shape
     hkv, s = k.shape[1], k.shape[2]
     out = torch.empty_like(q)
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32  # logits as the fused kernels have them
     for start in range(0, t, _ROWS):
         stop = min(start + _ROWS, t)
         first = s - t + start  # the key of the block's first query
         low = 0 if window is None else max(0, first - window + 1)
         high = s - t + stop
-        rows = q[:, :, start:stop].reshape(b, hkv, hq // hkv, stop - start, d)
-        logits = (rows @ k[:, :, None, low:high].mT).mul_(scale)  # [B, Hkv, G, rows, keys]
+        rows = q[:, :, start:stop].reshape(b, hkv, hq // hkv, stop - start, d).to(wide)
+        logits = (rows @ k[:, :, None, low:high].to(wide).mT).mul_(scale)  # [B, Hkv, G, rows, keys]
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         distance = torch.arange(first, high, device=q.device)[:, None] - torch.arange(low, high, device=q.device)
         hidden = distance < 0
         if window is not None:
             hidden |= distance >= window
-        weights = logits.masked_fill_(hidden, float("-inf")).softmax(-1, dtype=_softmax_dtype(q)).to(q.dtype)
+        weights = logits.masked_fill_(hidden, float("-inf")).softmax(-1).to(q.dtype)
         out[:, :, start:stop] = (weights @ v[:, :, None, low:high]).reshape(b, hq, stop - start, d)
     return out
-
-
-def _softmax_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32

@@ -354,7 +354,9 @@ def chain_fact(world: World, hops: int | None = None) -> Fact:
         link = flatten(rng, parse((w.CHAIN_LINK.heldout if held else w.CHAIN_LINK.train)[place]), {}, world.wording)
         statement = fill(link, {"name": name, "source": source}, UNMARKED)
         if world.hints > 0 and rng.random() < world.hints:
-            text = statement.text.rstrip(".") + rng.choice((", that is {}", " ({})", " = {}", "; it is {}")).format(value)
+            text = statement.text.rstrip(".") + rng.choice((", that is {}", " ({})", " = {}", "; it is {}")).format(
+                value
+            )
             statement = Rendered(text, statement.marks)
         statements.append(statement)
     return Fact("chain", tuple(statements), tuple(_chain_ask(name, value) for name in reversed(names)))

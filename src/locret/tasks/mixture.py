@@ -135,7 +135,9 @@ def _plan(rng: random.Random, kind: str, length: int, attempt: int) -> Plan:
         num_facts = max(1, min(40, round(length / rng.uniform(70, 250))) // shrink)
         hints = rng.choice((0.0, 0.0, 0.5, 1.0))
         wording = "official" if rng.random() < 0.5 else "train"
-        return Plan("chain", wording, "train", max(1, rng.randint(8, 24) // shrink), num_facts, ("chain",), True, hints=hints)
+        return Plan(
+            "chain", wording, "train", max(1, rng.randint(8, 24) // shrink), num_facts, ("chain",), True, hints=hints
+        )
     most = max(2, min(40, length // 60))
     num_facts = max(1, round(math.exp(rng.uniform(0, math.log(most)))) // shrink)
     if length <= 4096 or rng.random() < 0.5:
@@ -164,9 +166,14 @@ _HEAD_TASKS = {
 
 
 def head_samples(
-    tokenizer: Any, fillers: Fillers, *, count: int, length_range: tuple[int, int] = (1024, 8192), seed: int = 0
-) -> Iterator[dict[str, Any]]:
-    """Training samples for retaining heads: one question at the end and its gold answer; log-uniform prompt lengths.
+    tokenizer: Any, fillers: Fillers, *, count: int, length_range: tuple[int, int] = (1024, 8192), seed: int = 0,
+    max_questions: int = 1,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Training samples for retaining heads: a question at the end and its gold answer; log-uniform prompt lengths.
+
+    A label is the largest logit that any query of the answer gives a unit. With one question a document's other facts
+    look useless, and SmoothL1, a median far from its target, learns just that. With `max_questions` above 1 the rest
+    of a conversation about the document follows in `answer_ids`, so every fact that could be asked for counts.
 
     Never a fact of HELD_OUT_FAMILIES: these measure whether heads know what matters, or only what they were shown.
     Yields:  {"prompt_ids": list[int], "answer_ids": list[int] (closed by the end of turn), "answer": str, "task": str,
@@ -178,12 +185,13 @@ def head_samples(
         task = rng.choices(list(_HEAD_TASKS), list(_HEAD_TASKS.values()))[0]
         length = round(math.exp(rng.uniform(math.log(low), math.log(high))))
         shape = "two_turns" if rng.random() < 0.5 else "one_turn"
-        sample = _head_sample(rng, task, length, shape, tokenizer, _filler(rng, fillers), number)
+        sample = _head_sample(rng, task, length, shape, tokenizer, _filler(rng, fillers), number, max_questions)
         question = sample.questions[0]
-        chat = encoder_of(tokenizer).chat
+        prompt = sample.prompt_ids(tokenizer, 0, shape)
+        whole, _ = sample.training_ids(tokenizer, shape)
         yield {
-            "prompt_ids": sample.prompt_ids(tokenizer, 0, shape),
-            "answer_ids": encoder_of(tokenizer).ids(chat.lead + question.answer) + chat.end,
+            "prompt_ids": prompt,
+            "answer_ids": whole[len(prompt) :].tolist(),
             "answer": question.answer,
             "task": task,
             "prompt": sample.messages(tokenizer, 0, shape),
@@ -193,10 +201,18 @@ def head_samples(
 
 
 def _head_sample(
-    rng: random.Random, task: str, length: int, shape: str, tokenizer: Any, filler: Filler, seed: int
+    rng: random.Random,
+    task: str,
+    length: int,
+    shape: str,
+    tokenizer: Any,
+    filler: Filler,
+    seed: int,
+    max_questions: int,
 ) -> Sample:
     families = tuple(name for name in TASKS[task].families if name not in HELD_OUT_FAMILIES)
     num_facts = rng.randint(1, max(2, min(24, length // 120)))
     fill = 1.0 if rng.random() < 0.6 else rng.uniform(0.1, 0.9)
-    plan = Plan(task, "train", "train", 1, num_facts, families, hard=True, fill=fill, chain_share=0.25)
+    asked = min(max_questions, num_facts)
+    plan = Plan(task, "train", "train", asked, num_facts, families, hard=True, fill=fill, chain_share=0.25)
     return compose(rng, plan, tokenizer, filler, fit_prompt(tokenizer, length, shape, seed), seed)
