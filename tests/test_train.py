@@ -562,3 +562,20 @@ def test_a_small_model_trains_ten_steps_a_second_at_4096_tokens(tmp_path):
     peak = torch.cuda.max_memory_allocated() / 2**20
     print(f"{rate:.1f} steps/s, peak {peak:.0f} MiB")
     assert rate > 10
+
+
+def test_training_can_go_on_from_other_heads(backbone, tmp_path):
+    """`init` starts from saved weights; the saved config names the folder without a path of this machine."""
+    first = train(backbone, make_samples(), tmp_path / "first", TrainConfig(steps=3, eval_samples=0))
+    options = dict(steps=1, eval_samples=0, lr=1e-9, weight_decay=0.0)
+    second = train(backbone, make_samples(), tmp_path / "second", TrainConfig(init=str(first.output), **options))
+    for old, new in zip(weights_of(first.heads), weights_of(second.heads), strict=True):
+        torch.testing.assert_close(old, new, atol=1e-6, rtol=0)
+    assert second.heads.config.training["config"]["init"] == "first"
+
+
+def test_heads_of_another_backbone_are_no_start(backbone, tmp_path):
+    other = make_backbone("qwen3")
+    result = train(other, make_samples(), tmp_path / "other", TrainConfig(steps=1, eval_samples=0))
+    with pytest.raises(HeadsError, match="another backbone"):
+        train(backbone, make_samples(), tmp_path / "mine", TrainConfig(steps=1, init=str(result.output)))

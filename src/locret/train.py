@@ -536,7 +536,7 @@ class _Run:
     def _description(self) -> dict[str, Any]:
         s = self.state
         return {
-            "config": _plain(self.config),
+            "config": {**_plain(self.config), "init": Path(self.config.init).name},  # no path of this machine
             "data": [Path(name).name for name in self.samples.names],
             "data_sha256": self.samples.digest,
             "samples": len(self.samples),

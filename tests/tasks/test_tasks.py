@@ -492,3 +492,40 @@ def test_head_samples_never_show_the_held_out_families(tokenizer, filler, monkey
         assert tokenizer.decode(sample["answer_ids"]) == f" {sample['answer']}<|end|>"
         assert sample["prompt"][-1]["role"] == "user"
         assert not re.search(r"pass ?key|pass ?code|password|code word|watchword", sample["prompt"][-1]["content"])
+
+
+def test_head_samples_with_more_questions_ask_about_other_facts_too(tokenizer, filler):
+    """A label is a maximum over the answer's queries: facts that nobody asks for would look useless."""
+    options = dict(count=40, length_range=(900, 1500), seed=3)
+    one = list(head_samples(tokenizer, {"prose": filler}, **options))
+    many = list(head_samples(tokenizer, {"prose": filler}, **options, max_questions=16))
+    assert all(sample["answer_ids"].count(tokenizer.eos_token_id) == 1 for sample in one)
+    assert sum(sample["answer_ids"].count(tokenizer.eos_token_id) for sample in many) > 4 * len(many)
+    for sample in many:
+        assert tokenizer.decode(sample["answer_ids"]).startswith(f" {sample['answer']}<|end|>")
+        assert len(sample["prompt_ids"]) <= 1500
+
+
+def test_garbled_facts_keep_key_and_value_and_are_alone_about_them(tokenizer, filler):
+    """Arbitrary words around a fact are only fair when its name alone finds it."""
+    plan = Plan("mixed", num_facts=12, families=("number", "word", "fact"), hard=True, garble=1.0)
+    for seed in range(20):
+        world = f.World(random.Random(seed), garble=1.0)
+        facts = make_facts(world, plan)
+        for fact in facts:
+            name = next(key for key in [*world.keys, *world.used] if key in fact.statements[0].text)
+            assert fact.asks[0].answer in fact.statements[0].text
+            assert name in fact.asks[0].make(random.Random(seed), "train") or fact.family == "fact"
+        assert not world.persons, "a second fact about a person would make the question ambiguous"
+
+
+def test_garbling_never_uses_a_word_that_could_be_a_value():
+    values = {word for section in sections() for word in words(section, "any")}
+    assert len(f.frame_words()) > 200
+    assert not set(f.frame_words()) & {word for word in values if word in set(words("nouns", "any"))}
+
+
+def test_hints_give_the_value_of_their_own_chain():
+    for seed in range(20):
+        chain = f.chain_fact(f.World(random.Random(seed), hints=1.0), hops=3)
+        assert all(chain.asks[0].answer in statement.text for statement in chain.statements)

@@ -1,0 +1,74 @@
+"""Write the tables of docs/results.md and README.md from benchmarks/results/*.json: python benchmarks/tables.py"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+Cell = dict[str, Any]
+
+
+def cells(name: str) -> list[Cell]:
+    """The cells of one result file."""
+    found: list[Cell] = json.loads((RESULTS / name).read_text(encoding="utf-8"))["cells"]
+    return found
+
+
+def table(rows: dict[str, list[Cell]], columns: list[str]) -> str:
+    """Rows of cells by task; every number with its 95 % interval and n."""
+    lines = ["| | " + " | ".join(columns) + " | mean |", "|---" * (len(columns) + 2) + "|"]
+    for label, found in rows.items():
+        by_task = {cell["task"]: cell for cell in found}
+        shown = [by_task.get(task) for task in columns]
+        scores = [cell["score"] for cell in shown if cell]
+        texts = ["" if cell is None else score(cell) for cell in shown]
+        lines.append(f"| {label} | " + " | ".join(texts) + f" | {sum(scores) / len(scores):.2f} |")
+    return "\n".join(lines)
+
+
+def score(cell: Cell) -> str:
+    low, high = cell["interval_95"]
+    return f"{cell['score']:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def group(found: list[Cell], suite: str, *names: str) -> dict[str, list[Cell]]:
+    """Cells of a suite by the fields `names`, in order."""
+    rows: dict[str, list[Cell]] = {}
+    for cell in found:
+        if cell["suite"] == suite:
+            rows.setdefault(", ".join(str(cell[name]) for name in names), []).append(cell)
+    return rows
+
+
+def fill(path: Path, name: str, text: str) -> None:
+    """Replace what stands between `<!-- name -->` and `<!-- /name -->`."""
+    page = path.read_text(encoding="utf-8")
+    pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+    assert re.search(pattern, page, re.DOTALL), f"{path.name} has no block {name}"
+    path.write_text(re.sub(pattern, lambda m: m[1] + text + "\n" + m[2], page, flags=re.DOTALL), encoding="utf-8")
+
+
+def main() -> None:
+    sparse, dense = ["number", "word", "fact", "passkey", "chain"], ["multikey2", "multikey3", "kv"]
+    full, small = cells("quality-full-cache-h200.json"), cells("quality-budget-cpu.json")
+    page = ROOT / "docs" / "results.md"
+    lengths = group(full, "full", "length")
+    fill(page, "full-sparse", table(lengths, sparse))
+    fill(page, "full-dense", table({k: v for k, v in lengths.items() if k != "32768"}, dense))
+    fill(page, "wording", table(group(full, "wording", "wording"), ["number", "word", "fact", "passkey"]))
+    fill(page, "shapes", table(group(full, "shapes", "shape"), ["number", "word", "fact", "chain"]))
+    tasks = ["number", "word", "fact", "passkey"]
+    rows = {"full cache": [c for c in small if c["suite"] == "full"]}
+    rows |= {label.replace("%", " %"): found for label, found in group(small, "budget", "method", "budget").items()}
+    fill(page, "budget", table({k: v for k, v in rows.items() if v}, tasks))
+    long = group(small, "long", "method", "budget")
+    if long:
+        fill(page, "long", table({k.replace("%", " %"): v for k, v in long.items()}, tasks))
+
+
+if __name__ == "__main__":
+    main()
