@@ -36,7 +36,7 @@ from locret.tasks.filler import CorpusFiller
 
 SPARSE = ("number", "word", "fact", "passkey", "chain")
 DENSE = ("multikey2", "multikey3", "kv")
-METHODS = ("locret", "recency", "random", "knorm", "snapkv")
+METHODS = ("full", "locret", "recency", "random", "knorm", "snapkv")
 SEED = 900_000  # far from every training seed
 
 
@@ -73,14 +73,13 @@ def cells(suites: list[str], methods: list[str]) -> list[Cell]:
             for task in ("number", "word", "fact", "chain")  # a document has one pass key: no third question
         ]
     if "budget" in suites:
-        made += [
-            Cell("budget", task, 16384, method, budget)
-            for method in methods for budget in ("5%", "2.5%") for task in SPARSE
-        ]  # fmt: skip
+        made += [Cell("budget", task, 16384, "full", "100%") for task in SPARSE if "full" in methods]
+        small = [method for method in methods if method != "full"]
+        made += [Cell("budget", task, 16384, m, budget) for budget in ("5%", "2.5%") for m in small for task in SPARSE]
     if "dense" in suites:
-        made += [Cell("dense", task, 16384, method, "5%") for method in methods for task in DENSE]
+        made += [Cell("dense", task, 16384, m, "5%") for m in methods if m != "full" for task in DENSE]
     if "long" in suites:
-        made += [Cell("long", task, 131_072, method, "1.25%") for method in methods for task in SPARSE]
+        made += [Cell("long", task, 131_072, m, "1.25%") for m in methods if m != "full" for task in SPARSE]
         made += [Cell("long", task, 131_072, "locret", "1.25%", positions="original") for task in ("number", "fact")]
     return made
 
@@ -171,6 +170,7 @@ def main() -> None:
     parser.add_argument("--heads", type=Path, default=EMBEDDED / "heads")
     parser.add_argument("--suites", nargs="+", default=["full", "wording", "shapes", "budget", "dense", "long"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--tasks", nargs="+", default=[*SPARSE, *DENSE])
     parser.add_argument("--samples", type=int, default=100)
     parser.add_argument(
         "--baseline-samples", type=int, default=40, help="samples for methods other than locret and full"
@@ -186,7 +186,7 @@ def main() -> None:
     samples = Samples(args.text, args.cache, args.model, args.workers)
     backbone = Backbone.load(args.model)
     for cell in cells(args.suites, args.methods):
-        if cell.key in done:
+        if cell.key in done or cell.task not in args.tasks:
             continue
         n = args.samples if cell.method in ("full", "locret") else args.baseline_samples
         n = min(n, args.long_samples) if cell.suite == "long" else n

@@ -62,9 +62,8 @@ def main() -> None:
     fill(page, "wording", table(group(full, "wording", "wording"), ["number", "word", "fact", "passkey"]))
     fill(page, "shapes", table(group(full, "shapes", "shape"), ["number", "word", "fact", "chain"]))
     tasks = ["number", "word", "fact", "passkey"]
-    rows = {"full cache": [c for c in small if c["suite"] == "full"]}
-    rows |= {label.replace("%", " %"): found for label, found in group(small, "budget", "method", "budget").items()}
-    fill(page, "budget", table({k: v for k, v in rows.items() if v}, tasks))
+    rows = {label.replace("%", " %"): found for label, found in group(small, "budget", "method", "budget").items()}
+    fill(page, "budget", table(rows, tasks))
     long = group(small, "long", "method", "budget")
     if long:
         fill(page, "long", table({k.replace("%", " %"): v for k, v in long.items()}, tasks))
