@@ -171,6 +171,7 @@ def main() -> None:
     parser.add_argument("--suites", nargs="+", default=["full", "wording", "shapes", "budget", "dense", "long"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--tasks", nargs="+", default=[*SPARSE, *DENSE])
+    parser.add_argument("--budgets", nargs="+", default=["100%", "5%", "2.5%", "1.25%"])
     parser.add_argument("--samples", type=int, default=100)
     parser.add_argument(
         "--baseline-samples", type=int, default=40, help="samples for methods other than locret and full"
@@ -186,7 +187,7 @@ def main() -> None:
     samples = Samples(args.text, args.cache, args.model, args.workers)
     backbone = Backbone.load(args.model)
     for cell in cells(args.suites, args.methods):
-        if cell.key in done or cell.task not in args.tasks:
+        if cell.key in done or cell.task not in args.tasks or cell.budget not in args.budgets:
             continue
         n = args.samples if cell.method in ("full", "locret") else args.baseline_samples
         n = min(n, args.long_samples) if cell.suite == "long" else n
