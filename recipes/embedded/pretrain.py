@@ -1,10 +1,10 @@
 """Train the embedded model from scratch on one GPU: a Llama of 16 M parameters, in about 14 minutes.
 
-    python recipes/embedded/pretrain.py train --text FOLDER --work /tmp/run     # recipe.toml beside this file
-    python recipes/embedded/pretrain.py train --text FOLDER --work /tmp/run --resume
-    python recipes/embedded/pretrain.py evaluate --text FOLDER --work /tmp/run
-    python recipes/embedded/pretrain.py pack /tmp/run/model $OUT        # parts of 15 MiB, with a checksum
-    python recipes/embedded/pretrain.py unpack $OUT src/locret/models/embedded
+    python recipes/embedded/pretrain.py train --text FOLDER --work RUN     # recipe.toml beside this file
+    python recipes/embedded/pretrain.py train --text FOLDER --work RUN --resume
+    python recipes/embedded/pretrain.py evaluate --text FOLDER --work RUN
+    python recipes/embedded/pretrain.py pack RUN/model PACKED        # parts of 15 MiB, with a checksum
+    python recipes/embedded/pretrain.py unpack PACKED src/locret/models/embedded
 
 A step: the next batch from the workers (feed.py), forward and backward (lean.py), Muon and AdamW (muon.py). The
 schedule is by the clock: a stage lasts its planned seconds, and the learning rate follows the share of all planned
