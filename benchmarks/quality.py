@@ -113,7 +113,7 @@ def _make(job: tuple[str, int, str, str, int]) -> tuple[list[int], str]:
     third = shape == "conversation"  # the third question of a conversation
     sample = build(
         task, seed=seed, length=length, tokenizer=_tokenizer, filler=_filler, wording=wording, values="any",
-        num_questions=3 if third else 1, num_facts=None,
+        num_questions=3 if third else 1,
     )  # fmt: skip
     question = 2 if third else 0
     return list(sample.prompt_ids(_tokenizer, question, shape)), sample.questions[question].answer
@@ -123,7 +123,7 @@ def run_cell(
     cell: Cell, backbone: Backbone, heads: Path, prompts: list[tuple[list[int], str]], batch: int
 ) -> dict[str, Any]:
     """Generate and score; bytes are per sequence."""
-    config = CacheConfig(budget=cell.budget, positions=cell.positions, **CHUNK)
+    config = CacheConfig(budget=cell.budget, positions=cell.positions)
     llm = LLM.build(backbone, heads=heads, method=cell.method, config=config)
     started, right, outputs = time.perf_counter(), [], []
     for first in range(0, len(prompts), batch):
@@ -137,9 +137,6 @@ def run_cell(
         "peak_kv_bytes": stats.peak_kv_bytes, "kv_bytes_full": stats.kv_bytes_full,
         "seconds": round(time.perf_counter() - started, 2),
     }  # fmt: skip
-
-
-CHUNK: dict[str, int] = {}
 
 
 def wilson(right: float, n: int, z: float = 1.96) -> tuple[float, float]:

@@ -177,6 +177,12 @@ class Backbone:
             raise
         return cls(model.to(where).eval(), tokenizer)
 
+    def need_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, for text; a ConfigError where the model was given without one."""
+        if self.tokenizer is None:
+            raise ConfigError("this model was given without a tokenizer; give token ids instead of text")
+        return self.tokenizer
+
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device

@@ -138,6 +138,15 @@ class Sampling:
             raise ConfigError("an empty stop string would end every answer at once; remove it")
 
     @classmethod
+    def of(cls, sampling: Sampling | None, options: dict[str, Any]) -> Sampling:
+        """What a caller gave: a whole Sampling, or some of its fields as keywords."""
+        if sampling is not None and options:
+            raise ConfigError(
+                f"give either sampling=Sampling(...) or its fields as keywords, not both ({', '.join(options)})"
+            )
+        return sampling or cls.from_dict(options)
+
+    @classmethod
     def from_dict(cls, options: dict[str, Any]) -> Sampling:
         """Strict: an unknown key is an error that names the nearest."""
         return strict(cls, options)

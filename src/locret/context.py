@@ -105,10 +105,7 @@ class Context:
 
     def ask(self, question: str | list[int], *, sampling: Sampling | None = None, **options: Any) -> Output:
         """Answer a question; the context stays as it is, so questions do not see each other."""
-        stream = self.fork().reply(question, sampling=sampling, **options)
-        for _ in stream:
-            pass
-        return stream.output
+        return self.fork().chat(question, sampling=sampling, **options)
 
     def stream(self, question: str | list[int], *, sampling: Sampling | None = None, **options: Any) -> Stream:
         """`ask`, piece by piece."""
@@ -123,9 +120,7 @@ class Context:
 
     def reply(self, message: str | list[int], *, sampling: Sampling | None = None, **options: Any) -> Stream:
         """`chat`, piece by piece. Leaving the iterator early keeps what was generated."""
-        if sampling is not None and options:
-            raise ConfigError("give either sampling=Sampling(...) or its fields as keywords, not both")
-        chosen = sampling or Sampling.from_dict(options)
+        chosen = Sampling.of(sampling, options)
         turns = _turns(self.llm)
         ids = self._encode(message, chat.JOIN, turns.end if turns else "")
 
@@ -221,9 +216,7 @@ class Context:
         """
         if not isinstance(text, str):
             return [*self._pending, *text]
-        tokenizer = self.llm.backbone.tokenizer
-        if tokenizer is None:
-            raise ConfigError("this model was given without a tokenizer; give token ids")
+        tokenizer = self.llm.backbone.need_tokenizer()
         if not text.strip():
             raise ConfigError("the text is empty; give some words")
         lead = join if self._open else self._lead
@@ -257,13 +250,11 @@ def _encode_document(
     llm: LLM, document: str | list[dict[str, Any]] | list[int], protect: Sequence[str]
 ) -> tuple[list[int], Tensor | None]:
     """Ids and protected mask."""
-    tokenizer = llm.backbone.tokenizer
     if isinstance(document, list) and document and isinstance(document[0], int):
         if protect:
             raise ConfigError("protect names pieces of text; a document of token ids has none")
         return document, None
-    if tokenizer is None:
-        raise ConfigError("this model was given without a tokenizer; give token ids")
+    tokenizer = llm.backbone.need_tokenizer()
     if isinstance(document, str):
         if not document.strip():
             raise ConfigError("the document is empty; give some text")

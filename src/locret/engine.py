@@ -86,7 +86,7 @@ class LLM:
             protect: pieces of the prompt's text whose units are never evicted.
             on_progress: called with (prompt tokens read, prompt tokens in all).
         """
-        chosen = _sampling(sampling, options)
+        chosen = Sampling.of(sampling, options)
         many = _is_batch(prompt)
         prompts = [
             self._encode(p, protect) for p in (cast(Sequence[Prompt], prompt) if many else [cast(Prompt, prompt)])
@@ -108,7 +108,7 @@ class LLM:
     ) -> Stream:  # fmt: skip
         """`generate` for one prompt, as an iterator over pieces of text; `.output` holds the result after the end."""
         encoded = self._encode(prompt, protect)
-        return Stream(self._decoder([encoded], _sampling(sampling, options), on_progress))
+        return Stream(self._decoder([encoded], Sampling.of(sampling, options), on_progress))
 
     def compress(
         self, document: Prompt, *, protect: Sequence[str] = (), on_progress: Progress | None = None
@@ -127,13 +127,11 @@ class LLM:
         return Context.open(self)
 
     def _encode(self, prompt: Prompt, protect: Sequence[str]) -> _Encoded:
-        tokenizer = self.backbone.tokenizer
         if _is_ids(prompt):
             if protect:
                 raise ConfigError("protect names pieces of text; a prompt of token ids has none")
             return _Encoded(list(cast(list[int], prompt)), None, templated=False)
-        if tokenizer is None:
-            raise ConfigError("this model was given without a tokenizer; prompts must be lists of token ids")
+        tokenizer = self.backbone.need_tokenizer()
         if isinstance(prompt, str):
             if not prompt.strip():
                 raise ConfigError("the prompt is empty; give some text")
@@ -173,14 +171,6 @@ class _Encoded:
     ids: list[int]
     protected: Tensor | None
     templated: bool
-
-
-def _sampling(sampling: Sampling | None, options: dict[str, Any]) -> Sampling:
-    if sampling is not None and options:
-        raise ConfigError(
-            f"give either sampling=Sampling(...) or its fields as keywords, not both ({', '.join(options)})"
-        )
-    return sampling or Sampling.from_dict(options)
 
 
 def _is_ids(prompt: Any) -> bool:
