@@ -386,3 +386,25 @@ def test_on_cuda_bf16_logits_are_as_near_as_the_plain_models(family):
     theirs = plain_logits(half, ids.cuda(), PROMPT)[-1:].float().cpu()
     ours = our_logits(Backbone(half), ids.cuda(), PROMPT, budget=300, chunk_size=24).float().cpu()
     assert relative(ours, want) < 2 * relative(theirs, want) + 0.02
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_hidden_states_reach_a_context_that_wants_them(family):
+    """What the projections read: passing it through the module's own k_proj gives the keys that arrive."""
+    backbone = Backbone(build_tiny_model(family))
+    seen = {}
+
+    class Look:
+        wants_hidden = True
+
+        def attend(self, layer, q, k, v, call):
+            seen[layer] = (v, call.hidden)
+            return torch.zeros_like(q)
+
+    backbone.run(torch.arange(6)[None] + 5, Look(), logits=0)
+    for layer, (v, hidden) in seen.items():
+        projected = backbone.attention_modules[layer].v_proj(hidden)
+        torch.testing.assert_close(projected, v.transpose(1, 2).flatten(2))
+    Look.wants_hidden = False
+    backbone.run(torch.arange(6)[None] + 5, Look(), logits=0)
+    assert all(hidden is None for _, hidden in seen.values())

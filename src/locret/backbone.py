@@ -48,10 +48,11 @@ class AttentionCall(NamedTuple):
     scale: float
     softcap: float | None
     window: int | None
+    hidden: Tensor | None = None  # what the projections read, [B, T, E]; only for contexts that want it
 
 
 class LayerContext(Protocol):
-    """One forward pass as the layers see it."""
+    """One forward pass as the layers see it. One with a true attribute `wants_hidden` is also given hidden states."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
         """q [B, Hq, T, D], k and v [B, Hkv, T, D], before RoPE; returns [B, Hq, T, D]."""
@@ -143,6 +144,7 @@ class Backbone:
         found = probe(self)
         self.layers = found.layers
         self.apply_rope = found.apply_rope
+        self.attention_modules = found.modules
         self.num_layers = len(found.layers)
         self.num_q_heads, self.num_kv_heads, self.head_dim = found.dims
         self.hidden_act: str = getattr(model.config, "hidden_act", None) or model.config.hidden_activation
@@ -213,7 +215,8 @@ class Backbone:
         `logits=0` skips the output matrix and returns None.
         """
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # read by the neutral rotary only
-        with self.seam():
+        hidden = getattr(context, "wants_hidden", False)
+        with self.seam(), _hidden_states(self.attention_modules) if hidden else contextlib.nullcontext():
             if logits == 0:
                 self.model.base_model(input_ids=input_ids, position_ids=positions, use_cache=False, locret=context)
                 return None
@@ -275,7 +278,7 @@ def _attention(
         names = [name for name in _UNSUPPORTED_ARGUMENTS if kwargs.get(name) is not None]
         raise BackboneError(f"{type(module).__name__} passes {', '.join(names)} to attention; locret carries none")
     scale = module.scaling if scaling is None else scaling
-    call = AttentionCall(float(scale), softcap, sliding_window)  # type: ignore[arg-type]
+    call = AttentionCall(float(scale), softcap, sliding_window, _HIDDEN.pop(module, None))  # type: ignore[arg-type]
     if isinstance(locret, _Probe):
         locret.modules[module.layer_idx] = module  # type: ignore[index]
     out = locret.attend(module.layer_idx, query, key, value, call)  # type: ignore[arg-type]
@@ -284,6 +287,25 @@ def _attention(
 
 AttentionInterface.register(ATTENTION_NAME, _attention)
 assert ATTENTION_NAME not in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys(), "a registered mask would be built"
+
+
+_HIDDEN: dict[nn.Module, Tensor] = {}  # between a module's pre-hook and its attention call
+
+
+@contextlib.contextmanager
+def _hidden_states(modules: list[nn.Module]) -> Iterator[None]:
+    """While it is open, every attention call carries what the module was given."""
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _HIDDEN[module] = args[0] if args else kwargs["hidden_states"]
+
+    hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        _HIDDEN.clear()
 
 
 class _Probe:
@@ -307,6 +329,7 @@ class _Found(NamedTuple):
     layers: list[LayerSpec]
     apply_rope: Callable[..., tuple[Tensor, Tensor]]
     dims: tuple[int, int, int]
+    modules: list[nn.Module]
 
 
 @torch.no_grad()
@@ -340,7 +363,7 @@ def probe(backbone: Backbone) -> _Found:
         kind = _rope_type(backbone, i)
         rotated = _is_rotated(backbone, i, neutral, real, apply_rope, positions, kind)
         layers.append(LayerSpec(rotated, _window(backbone, neutral.modules[i], neutral.calls[i], i), kind))
-    return _Found(layers, apply_rope, shapes.pop())
+    return _Found(layers, apply_rope, shapes.pop(), [neutral.modules[i] for i in range(wanted)])
 
 
 def _family_apply_rope(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:

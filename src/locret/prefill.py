@@ -166,13 +166,14 @@ class _ChunkPass:
         self.reader, self.cache, self.plan = reader, reader.cache, reader.plan
         self.target, self.newest, self.protected = target, newest, protected
         self.start = reader.cache.seen
+        self.wants_hidden = reader.method.wants_hidden
         self.finite: Tensor | bool = True
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
         held = self.cache.layers[layer]
         window = held.window
         before = held.held
-        scores = self._early_scores(layer, q, k, v, call.scale) if window is None else k.new_zeros(k.shape[:3])
+        scores = self._early_scores(layer, q, k, v, call) if window is None else k.new_zeros(k.shape[:3])
         units = self.cache.append(layer, self._new_units(k, v, scores))
         q_rotated, keys = self._rotate(layer, held, q, units.k, before)
         self.cache.note_scratch(keys.nbytes)
@@ -181,16 +182,17 @@ class _ChunkPass:
             self._keep_window(held, len(units), window)
             return out
         if self.reader.method.rescoring:
-            view = ChunkView(layer, q, k, v, self.start, call.scale, q_rotated, keys, units.score[..., :before])
+            view = ChunkView(layer, q, k, v, self.start, call.scale, call.hidden, q_rotated, keys,
+                             units.score[..., :before])  # fmt: skip
             units.score.copy_(self.reader.method.score(view))
         self._evict(held, units, layer)
         return out
 
-    def _early_scores(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def _early_scores(self, layer: int, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
         method = self.reader.method
         if method.rescoring or not method.evicts:
             return k.new_zeros(k.shape[:3])
-        return method.score(ChunkView(layer, q, k, v, self.start, scale))
+        return method.score(ChunkView(layer, q, k, v, self.start, call.scale, call.hidden))
 
     def _new_units(self, k: Tensor, v: Tensor, scores: Tensor) -> Units:
         b, h, c, _ = k.shape

@@ -255,7 +255,9 @@ class LabelContext:
             labels = importance_labels(q_rotated, k_rotated, self.prompt_len, call.scale, softcap=call.softcap)
             n = self.learned_len
             self.visit(layer, q[:, :, :n], k[:, :, :n], v[:, :, :n], labels[:, :, :n])
-        return prefix_causal_attention(q_rotated, k_rotated, v, **call._asdict())
+        return prefix_causal_attention(
+            q_rotated, k_rotated, v, scale=call.scale, softcap=call.softcap, window=call.window
+        )
 
 
 # ---------------------------------------------------------------------- one run

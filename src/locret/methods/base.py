@@ -25,6 +25,7 @@ class ChunkView:
     v: Tensor  # [B, Hkv, C, D]
     start: int  # original position of the chunk's first token
     scale: float  # of the attention logits
+    hidden: Tensor | None = None  # what the layer's projections read, [B, C, E]; for methods that want it
     # filled in for methods that score again what is cached
     q_rotated: Tensor | None = None  # [B, Hq, C, D]
     keys: Tensor | None = None  # rotated keys of all units, [B, Hkv, S, D]
@@ -41,6 +42,7 @@ class Method:
     bounded_prefill: ClassVar[bool] = True
     trained: ClassVar[bool] = False
     evicts: ClassVar[bool] = True
+    wants_hidden: ClassVar[bool] = False  # True: `ChunkView.hidden` is filled in
     rescoring: ClassVar[bool] = False  # True: `score` returns new scores for cached units too
 
     def score(self, view: ChunkView) -> Tensor:
