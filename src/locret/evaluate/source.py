@@ -1,0 +1,83 @@
+"""Where samples and their scores come from: what a run needs to know about the tasks, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from locret.tasks.records import Record
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """What a table says about a task.
+
+    Attributes:
+        dense: every part of the context is as likely to be asked for as any other.
+        ceiling: for dense tasks, (units kept, context tokens) -> the best score that a method which has not seen the
+            question can expect; None where there is no such bound.
+    """
+
+    summary: str = ""
+    group: str = ""
+    metric: str = ""
+    dense: bool = False
+    ceiling: Callable[[int, int], float] | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """Which samples a block wants."""
+
+    task: str
+    length: int
+    seed: int
+    count: int
+    mode: str
+    tokenizer: Any
+    text: str | None = None
+    public: dict[str, Any] | None = None  # path, hub_id, limit of a public set
+
+
+class Source(Protocol):
+    """Tasks by name. `records` gives the same samples for the same request."""
+
+    def tasks(self) -> Sequence[str]: ...
+
+    def public(self) -> Sequence[str]: ...
+
+    def facts(self, task: str) -> TaskFacts: ...
+
+    def metrics(self) -> Sequence[str]: ...
+
+    def records(self, request: Request) -> Iterable[Record]: ...
+
+    def score(self, metric: str, prediction: str, answers: Sequence[str]) -> float: ...
+
+
+@dataclass
+class ListSource:
+    """Records that are there already, for tests and for code that makes its own."""
+
+    by_task: dict[str, list[Record]]
+    scorer: Callable[[str, str, Sequence[str]], float]
+    known: dict[str, TaskFacts] = field(default_factory=dict)
+
+    def tasks(self) -> Sequence[str]:
+        return list(self.by_task)
+
+    def public(self) -> Sequence[str]:
+        return []
+
+    def facts(self, task: str) -> TaskFacts:
+        return self.known.get(task, TaskFacts())
+
+    def metrics(self) -> Sequence[str]:
+        return sorted({record.metric for records in self.by_task.values() for record in records})
+
+    def records(self, request: Request) -> Iterable[Record]:
+        return self.by_task[request.task][: request.count]
+
+    def score(self, metric: str, prediction: str, answers: Sequence[str]) -> float:
+        return self.scorer(metric, prediction, answers)

@@ -1,0 +1,89 @@
+"""A session of several rows against the public surface that it stands in for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from evaluate.samples import record
+
+from locret.backbone import Backbone
+from locret.config import CacheConfig
+from locret.engine import LLM
+from locret.evaluate.prompts import Encoder
+from locret.evaluate.session import Session
+from locret.methods import get_method
+from locret.tasks.records import Turn
+
+
+@pytest.fixture
+def llm(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> LLM:
+    backbone = Backbone(tiny_model("llama"), tiny_tokenizer)
+    return LLM(backbone, get_method("snapkv"), CacheConfig(budget=96, chunk_size=64))
+
+
+def test_compress_and_ask_is_what_a_context_answers(llm: LLM) -> None:
+    records = [record(i) for i in (0, 3, 6)]  # one length
+    prompts = [Encoder(llm.backbone.tokenizer).prompt(r) for r in records]
+    assert len({len(p.context) for p in prompts}) == 1
+    session = Session.compress(llm, [p.context for p in prompts])
+    answers = session.ask([p.asks[0].first for p in prompts], max_new_tokens=6)
+    kept = session.kept()
+    for i, r in enumerate(records):
+        context = llm.compress(r.context)
+        assert answers[i].text == context.ask(r.question, max_new_tokens=6).text
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(kept[i], context.kept(), strict=True))
+        assert session.kv_bytes == context.kv_bytes
+        assert session.peak_kv_bytes == context.peak_kv_bytes
+
+
+def test_chat_is_what_a_context_chats(llm: LLM) -> None:
+    r = record(1, turns=2)
+    prompt = Encoder(llm.backbone.tokenizer).prompt(r)
+    session = Session.compress(llm, [prompt.context])
+    answers = session.chat([(ask.first, ask.later) for ask in prompt.asks], max_new_tokens=5)
+    context = llm.compress(r.context)
+    texts = [context.chat(q, max_new_tokens=5).text for q in (r.question, *(t.question for t in r.turns))]
+    assert [a.text for a in answers] == texts
+    assert session.chat([(prompt.asks[0].first, [])], 5)[0].text == texts[0], "the session stays as it was"
+
+
+def test_reading_whole_prompts_is_what_generate_does(llm: LLM) -> None:
+    records = [record(i) for i in (0, 3)]
+    encoder = Encoder(llm.backbone.tokenizer)
+    ids = [np.concatenate((p.context, np.array(p.asks[0].first, dtype=np.int32))) for p in map(encoder.prompt, records)]
+    answers = Session.read(llm, ids, 6).answer(6)
+    outputs = llm.generate([r.context + "\n\n" + r.question for r in records], max_new_tokens=6)
+    assert [a.text for a in answers] == [o.text for o in outputs]
+
+
+def test_gold_tokens_are_those_of_the_spans(tiny_tokenizer: Any) -> None:
+    """One token a byte: token i is character i - 2 (the template's two opening tokens)."""
+    r = record(0)
+    prompt = Encoder(tiny_tokenizer).prompt(r)
+    [(start, stop)] = r.spans
+    assert prompt.gold == list(range(start + 2, stop + 2))
+    with_turn = dataclasses.replace(r, turns=(Turn("q", ("a",), spans=((0, 3),)),))
+    assert Encoder(tiny_tokenizer).prompt(with_turn).gold == [2, 3, 4, *prompt.gold]
+
+
+def test_a_long_context_loses_its_middle(tiny_tokenizer: Any) -> None:
+    r = record(0)
+    whole = Encoder(tiny_tokenizer).prompt(r)
+    cut = Encoder(tiny_tokenizer, max_context=101).prompt(r)
+    assert cut.context.tolist() == whole.context[:51].tolist() + whole.context[-50:].tolist()
+    keep = Encoder(tiny_tokenizer, max_context=len(whole.context)).prompt(r)
+    assert keep.context.tolist() == whole.context.tolist()
+    near = record(0, spans=((0, 4), (len(r.context) - 3, len(r.context))))
+    assert Encoder(tiny_tokenizer, max_context=101).prompt(near).gold == [2, 3, 4, 5, 98, 99, 100]
+
+
+def test_the_prefix_begins_the_answer(tiny_tokenizer: Any) -> None:
+    ask = Encoder(tiny_tokenizer).prompt(record(0, answer_prefix=" The key is")).asks[0]
+    text = tiny_tokenizer.decode(ask.first)
+    assert text.endswith("<|assistant|>The key is")
+    assert tiny_tokenizer.decode(ask.target) == " 4000"
