@@ -16,10 +16,10 @@ def record(index: int, task: str = "key", turns: int = 0, **changes: Any) -> Rec
     noise = "The sky is blue. " * (6 + index % 3)
     context = noise + gold + noise
     fields: dict[str, Any] = dict(
-        task=task, index=index, context=context, question="What is the key?", answers=(str(4000 + 7 * index),),
+        task=task, index=index, context=context, question="\n\nWhat is the key?", answers=(str(4000 + 7 * index),),
         metric="fake", max_new_tokens=4, spans=((len(noise), len(noise) + len(gold) - 1),),
         turns=tuple(Turn(f"And the key plus {k}?", (str(4000 + 7 * index + k),)) for k in range(1, turns + 1)),
-        meta={"depth": 0.5},
+        meta={"depths": [0.5]},
     )  # fmt: skip
     return Record(**{**fields, **changes})
 
@@ -35,8 +35,8 @@ def source(count: int = 5, turns: int = 0) -> ListSource:
     return ListSource(tasks, fake_score, {"key": TaskFacts("a key", "niah", "fake", dense=True, ceiling=_ceiling)})
 
 
-def _ceiling(units: int, tokens: int) -> float:
-    return 100 * units / tokens
+def _ceiling(record: Record, units: int) -> float:
+    return float(units + record.index)
 
 
 def grid(**changes: Any) -> Grid:

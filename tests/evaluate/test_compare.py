@@ -23,7 +23,7 @@ def line(method: str, index: int, score: float, **more: Any) -> dict[str, Any]:
     return {"task": "key", "length": 64, "seed": 0, "index": index, "method": method,
             "budget": None if method == "full" else 16, "sample": f"s{index}", "score": score, "turns": [turn],
             "prompt_tokens": 64, "units": 64 if method == "full" else 16, "kv_bytes": 100, "peak_kv_bytes": 200,
-            "kv_bytes_full": 400, "depth": index / 4, "gold": 4, "kept": [[4, index], [0, 2]],
+            "kv_bytes_full": 400, "depth": index / 4, "ceiling": 25.0 + index, "gold": 4, "kept": [[4, index], [0, 2]],
             "seconds": {"ttft": 1.0, "tpot": None}, **more}  # fmt: skip
 
 
@@ -43,8 +43,7 @@ def test_cells_by_hand(results: dict[str, Any]) -> None:
     assert (recency["nll"], recency["delta"], recency["kl"], recency["agreement"]) == (2.5, 0.5, 0.25, 0.75)
     assert recency["retention_map"] == [[1.0, 0.375], [0.0, 0.5]]
     assert recency["retention"] == pytest.approx((1 + 0.375 + 0 + 0.5) / 4, abs=1e-4)
-    assert recency["ceiling"] == 25.0
-    assert "ceiling" not in full
+    assert recency["ceiling"] == 26.5
     assert recency["depths"] == [0.0, 0.25, 0.5, 0.75]
     low, high = recency["interval"]
     assert 10 < low < 50 < high < 90

@@ -58,7 +58,7 @@ def test_a_line_says_what_the_public_surface_says(backbone: Backbone, tmp_path: 
             continue
         r = record(line["index"])
         context = llm.compress(r.context)
-        answer = context.ask(r.question, max_new_tokens=4)
+        answer = context.ask(r.question.strip(), max_new_tokens=4)
         assert line["turns"][0]["prediction"] == answer.text
         assert line["score"] == fake_score("fake", answer.text, r.answers)
         assert (line["units"], line["kv_bytes"]) == (48, context.kv_bytes)
@@ -76,20 +76,24 @@ def test_batches_change_no_answer(backbone: Backbone, tmp_path: Path) -> None:
         assert a["turns"][0]["nll"] == pytest.approx(b["turns"][0]["nll"], abs=1e-4)
 
 
-@pytest.mark.parametrize("query_aware", [False, True])
-def test_further_turns(backbone: Backbone, tmp_path: Path, query_aware: bool) -> None:
-    """Query-agnostic: one compressed context, the turns one after the other. Query-aware: each question alone."""
-    given = grid(tasks=["turns"], methods=["recency"], samples=2, query_aware=query_aware)
+@pytest.mark.parametrize("how", ["conversation", "separate", "aware"])
+def test_further_turns(backbone: Backbone, tmp_path: Path, how: str) -> None:
+    """Query-agnostic: one compressed context for all turns. Query-aware: one compression a question."""
+    kind = {"query_aware": True} if how == "aware" else {"turns": how}
+    given = grid(tasks=["turns"], methods=["recency"], samples=2, **kind)
     complete(given, backbone, tmp_path, source(turns=2))
     llm = LLM(backbone, get_method("recency"), CacheConfig(budget=48))
     for line in lines_of(tmp_path):
         r = record(line["index"], "turns", 2)
-        questions = [r.question, *(t.question for t in r.turns)]
-        if query_aware:
-            texts = [llm.generate(r.context + "\n\n" + q, max_new_tokens=4).text for q in questions]
+        context = llm.compress(r.context)
+        first, *later = [r.question.strip(), *(t.question for t in r.turns)]
+        if how == "aware":
+            texts = [llm.generate(r.context + q, max_new_tokens=4).text for q in (r.question, *later)]
+        elif how == "conversation":
+            texts = [context.chat(q, max_new_tokens=4).text for q in (first, *later)]
         else:
-            context = llm.compress(r.context)
-            texts = [context.chat(q, max_new_tokens=4).text for q in questions]
+            asked = [backbone.tokenizer(q + "<end><|assistant|>").input_ids for q in (r.question, *later)]
+            texts = [context.ask(ids, max_new_tokens=4).text for ids in asked]
         assert [turn["prediction"] for turn in line["turns"]] == texts
 
 
@@ -209,10 +213,10 @@ def test_records_that_cannot_be_scored_or_asked_are_refused(backbone: Backbone, 
         run(grid(), backbone, inside, tmp_path)
     foreign = source()
     foreign.metrics = lambda: ["fuke"]  # type: ignore[method-assign]
-    with pytest.raises(ConfigError, match="unknown metric of sample 0.*did you mean 'fuke'"):
+    with pytest.raises(ConfigError, match=r"unknown metric of sample 0.*did you mean 'fuke'"):
         run(grid(), backbone, foreign, tmp_path)
     long = ListSource({"key": [record(0, context="x " * 300)]}, fake_score)
-    with pytest.raises(ConfigError, match="this model reads 512. Set max_context"):
+    with pytest.raises(ConfigError, match=r"this model reads 512\. Set max_context"):
         run(grid(), backbone, long, tmp_path)
     run(grid(max_context=400), backbone, long, tmp_path / "cut")
     with pytest.raises(DataError, match="no samples"):

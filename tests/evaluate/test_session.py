@@ -12,7 +12,7 @@ import torch
 from evaluate.samples import record
 
 from locret.backbone import Backbone
-from locret.config import CacheConfig
+from locret.config import CacheConfig, Sampling
 from locret.engine import LLM
 from locret.evaluate.prompts import Encoder
 from locret.evaluate.session import Session
@@ -31,11 +31,11 @@ def test_compress_and_ask_is_what_a_context_answers(llm: LLM) -> None:
     prompts = [Encoder(llm.backbone.tokenizer).prompt(r) for r in records]
     assert len({len(p.context) for p in prompts}) == 1
     session = Session.compress(llm, [p.context for p in prompts])
-    answers = session.ask([p.asks[0].first for p in prompts], max_new_tokens=6)
+    answers = session.ask([p.asks[0].first for p in prompts], sampling=Sampling(max_new_tokens=6))
     kept = session.kept()
     for i, r in enumerate(records):
         context = llm.compress(r.context)
-        assert answers[i].text == context.ask(r.question, max_new_tokens=6).text
+        assert answers[i].text == context.ask(r.question.strip(), max_new_tokens=6).text
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(kept[i], context.kept(), strict=True))
         assert session.kv_bytes == context.kv_bytes
         assert session.peak_kv_bytes == context.peak_kv_bytes
@@ -45,19 +45,21 @@ def test_chat_is_what_a_context_chats(llm: LLM) -> None:
     r = record(1, turns=2)
     prompt = Encoder(llm.backbone.tokenizer).prompt(r)
     session = Session.compress(llm, [prompt.context])
-    answers = session.chat([(ask.first, ask.later) for ask in prompt.asks], max_new_tokens=5)
+    answers = session.chat([(ask.first, ask.later) for ask in prompt.asks], Sampling(max_new_tokens=5))
     context = llm.compress(r.context)
-    texts = [context.chat(q, max_new_tokens=5).text for q in (r.question, *(t.question for t in r.turns))]
+    texts = [context.chat(q, max_new_tokens=5).text for q in (r.question.strip(), *(t.question for t in r.turns))]
     assert [a.text for a in answers] == texts
-    assert session.chat([(prompt.asks[0].first, [])], 5)[0].text == texts[0], "the session stays as it was"
+    assert session.chat([(prompt.asks[0].first, [])], Sampling(max_new_tokens=5))[0].text == texts[0], (
+        "the session stays as it was"
+    )
 
 
 def test_reading_whole_prompts_is_what_generate_does(llm: LLM) -> None:
     records = [record(i) for i in (0, 3)]
     encoder = Encoder(llm.backbone.tokenizer)
     ids = [np.concatenate((p.context, np.array(p.asks[0].first, dtype=np.int32))) for p in map(encoder.prompt, records)]
-    answers = Session.read(llm, ids, 6).answer(6)
-    outputs = llm.generate([r.context + "\n\n" + r.question for r in records], max_new_tokens=6)
+    answers = Session.read(llm, ids, Sampling(max_new_tokens=6)).answer(Sampling(max_new_tokens=6))
+    outputs = llm.generate([r.context + r.question for r in records], max_new_tokens=6)
     assert [a.text for a in answers] == [o.text for o in outputs]
 
 
@@ -85,5 +87,5 @@ def test_a_long_context_loses_its_middle(tiny_tokenizer: Any) -> None:
 def test_the_prefix_begins_the_answer(tiny_tokenizer: Any) -> None:
     ask = Encoder(tiny_tokenizer).prompt(record(0, answer_prefix=" The key is")).asks[0]
     text = tiny_tokenizer.decode(ask.first)
-    assert text.endswith("<|assistant|>The key is")
+    assert text.endswith("<|assistant|> The key is")
     assert tiny_tokenizer.decode(ask.target) == " 4000"

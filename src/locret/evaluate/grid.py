@@ -14,6 +14,7 @@ from locret.errors import ConfigError, unknown
 from locret.methods import list_methods
 
 MODES = ("hardened", "official")
+TURNS = ("conversation", "separate")
 AS_IT_IS = 0  # the length of a public set's samples: nobody chose it
 _AXES = ("tasks", "methods", "budgets", "lengths", "seeds", "samples")
 
@@ -23,7 +24,7 @@ class Variant:
     """One way to run a sample: a column of the tables.
 
     Attributes:
-        method: as it is written in the grid, options included: "snapkv:window=64".
+        method: as it is written in the grid, options included: "snapkv:window=64:kernel_size=5".
         budget: as it is written in the grid; None: the method keeps everything.
         samples: how many of a seed's samples it is run on: the first ones.
     """
@@ -57,7 +58,7 @@ class Grid:
 
     Attributes:
         tasks: names of generated tasks, or keys of `public`.
-        methods: see `locret methods`; options after a colon, "snapkv:window=64". "full" keeps everything, so it has
+        methods: see `locret methods`; options after colons, "snapkv:window=64". "full" keeps everything, so it has
             no budget and is run once; it is also what the continuous measures compare with.
         budgets: as in `CacheConfig`: units, bytes, or a share of the context (of the prompt if `query_aware`).
         lengths: tokens of a generated sample; samples of public sets are as long as they are.
@@ -65,6 +66,8 @@ class Grid:
         mode: "hardened" (random details, short answers) or "official" (the published generators and limits).
         query_aware: False: the context is compressed before its question is known, once for all of its questions.
             True: every question gets a compression of its own, of context and question together.
+        turns: several questions of one context are asked one after the other ("conversation", each sees the answers
+            before it) or each of the context as it was compressed ("separate").
         batch_size: samples of equal length that run together.
         max_context: longer contexts lose their middle, as InfiniteBench's published runs do.
         tail_tokens: also measure the perplexity of the last so many context tokens after compressing what is before
@@ -83,6 +86,7 @@ class Grid:
     samples: int = 50
     mode: str = "hardened"
     query_aware: bool = False
+    turns: str = "conversation"
     batch_size: int = 8
     max_context: int | None = None
     tail_tokens: int = 0
@@ -104,6 +108,8 @@ class Grid:
             _check_axes(axes)
         if self.mode not in MODES:
             raise unknown("mode", str(self.mode), MODES)
+        if self.turns not in TURNS:
+            raise unknown("turns", str(self.turns), TURNS)
         for name, low in (("batch_size", 1), ("tail_tokens", 0), ("max_context", 1)):
             value = getattr(self, name)
             if value is not None and not _whole(value, low):
@@ -178,15 +184,15 @@ class Grid:
 def parse_method(text: str) -> tuple[str, dict[str, Any]]:
     """A method and its options.
 
-    >>> parse_method("snapkv:window=64,kernel_size=5")
+    >>> parse_method("snapkv:window=64:kernel_size=5")
     ('snapkv', {'window': 64, 'kernel_size': 5})
     """
-    name, _, rest = text.partition(":")
+    name, *items = text.split(":")
     options: dict[str, Any] = {}
-    for item in filter(None, rest.split(",")):
+    for item in items:
         key, equals, value = item.partition("=")
         if not equals:
-            raise ConfigError(f"method {text!r}: options are written name=value, separated by commas")
+            raise ConfigError(f"method {text!r}: options are written name:option=value:option=value")
         try:
             options[key.strip()] = tomllib.loads(f"v = {value}")["v"]
         except tomllib.TOMLDecodeError:

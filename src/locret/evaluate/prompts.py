@@ -57,7 +57,10 @@ class Encoder:
         self._lead = _answer_lead(tokenizer, self._turns)
 
     def prompt(self, record: Record) -> Prompt:
-        """Context and question are encoded apart, so that both query modes read the same tokens."""
+        """Template, context, question, template, answer prefix, with nothing between: blanks belong to the texts.
+
+        Context and question are encoded apart, so that both query modes read the same tokens.
+        """
         begin = self._turns.begin
         if not record.context.strip():
             raise DataError(f"{name_of(record)} has an empty context")
@@ -75,11 +78,10 @@ class Encoder:
 
     def _ask(self, turn: Turn) -> Ask:
         prefix = turn.answer_prefix
-        behind = self._turns.end + (self._lead + prefix.lstrip() if prefix and self._turns.templated else prefix)
-        question = chat.JOIN + turn.question if turn.question else ""
+        behind = self._turns.end + prefix
         joint = " " if prefix and not prefix[-1].isspace() else ""
         return Ask(
-            first=chat.encode(self._tokenizer, question + behind),
+            first=chat.encode(self._tokenizer, turn.question + behind),
             later=chat.encode(self._tokenizer, self._turns.again + turn.question + behind),
             target=chat.encode(self._tokenizer, (joint if prefix else self._lead) + turn.answers[0]),
             answers=turn.answers,

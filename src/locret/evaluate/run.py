@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from locret.backbone import Backbone, model_length
-from locret.config import CacheConfig, parse_budget
+from locret.config import CacheConfig, Sampling, parse_budget
 from locret.decode import full_cache_bytes
 from locret.engine import LLM
 from locret.errors import ConfigError, DataError, unknown
@@ -215,7 +215,11 @@ class _Runner:
     ) -> list[tuple[Line, Reference]]:
         """A line and the logits for every prompt; `answer` False: only the logits."""
         llm = self.llm(variant)
-        reads = _aware(llm, prompts, answer) if self.grid.query_aware else _agnostic(llm, prompts, answer)
+        sampling = self._sampling(prompts[0].record)
+        if self.grid.query_aware:
+            reads = _aware(llm, prompts, sampling, answer=answer)
+        else:
+            reads = _agnostic(llm, prompts, sampling, answer=answer, conversation=self.grid.turns == "conversation")
         tails = self._tails(llm, prompts)
         cells = []
         for i, (prompt, read) in enumerate(zip(prompts, reads, strict=True)):
@@ -223,10 +227,14 @@ class _Runner:
             own = Reference(read.logits, tails[i])
             if full is None and not llm.method.evicts:
                 full = own
-            cells.append((self._line(prompt, read, own, full) if answer else {}, own))
+            cells.append((self._line(prompt, read, own, full, evicts=llm.method.evicts) if answer else {}, own))
         return cells
 
-    def _line(self, prompt: Prompt, read: _Read, own: Reference, full: Reference | None) -> Line:
+    def _sampling(self, record: Record) -> Sampling:
+        stop = self.source.facts(record.task).stop
+        return Sampling(max_new_tokens=record.max_new_tokens, stop=(stop,) if stop else ())
+
+    def _line(self, prompt: Prompt, read: _Read, own: Reference, full: Reference | None, *, evicts: bool) -> Line:
         record = prompt.record
         scores = [
             self.source.score(record.metric, given.text, ask.answers)
@@ -242,8 +250,12 @@ class _Runner:
             "units": read.units, "kv_bytes": read.kv_bytes, "peak_kv_bytes": read.peak_kv_bytes,
             "kv_bytes_full": full_cache_bytes(self.backbone, read.tokens),
         }  # fmt: skip
-        if "depth" in record.meta:
-            line["depth"] = record.meta["depth"]
+        depths = record.meta.get("depths", [])
+        if len(depths) == 1:
+            line["depth"] = depths[0]
+        facts = self.source.facts(record.task)
+        if facts.dense and facts.ceiling is not None and evicts and not self.grid.query_aware:
+            line["ceiling"] = _short(facts.ceiling(record, read.units))
         if prompt.gold:
             gold = torch.tensor(prompt.gold)
             line["gold"] = len(prompt.gold)
@@ -280,8 +292,8 @@ class _Read:
     peak_kv_bytes: int
 
 
-def _agnostic(llm: LLM, prompts: list[Prompt], answer: bool) -> list[_Read]:
-    """One compression for all questions of a context. Further turns see the ones before them."""
+def _agnostic(llm: LLM, prompts: list[Prompt], sampling: Sampling, *, answer: bool, conversation: bool) -> list[_Read]:
+    """One compression for all questions of a context."""
     session = Session.compress(llm, [prompt.context for prompt in prompts])
     kept = session.kept()
     alone = {i: session.rows([i]) for i in range(len(prompts))} if len(prompts) > 1 else {0: session}
@@ -290,12 +302,13 @@ def _agnostic(llm: LLM, prompts: list[Prompt], answer: bool) -> list[_Read]:
         for rows in _by_length([len(prompt.asks[0].first) if len(prompt.asks) == 1 else -i - 1
                                 for i, prompt in enumerate(prompts)]):  # fmt: skip
             first = prompts[rows[0]]
-            limit = first.record.max_new_tokens
             part = session if len(rows) == len(prompts) else session.rows(rows)
-            if len(first.asks) > 1:
-                answers[rows[0]] = part.chat([(ask.first, ask.later) for ask in first.asks], limit)
+            if len(first.asks) > 1 and conversation:
+                answers[rows[0]] = part.chat([(ask.first, ask.later) for ask in first.asks], sampling)
+            elif len(first.asks) > 1:
+                answers[rows[0]] = [part.ask([ask.first], sampling)[0] for ask in first.asks]
             else:
-                given = part.ask([prompts[i].asks[0].first for i in rows], limit)
+                given = part.ask([prompts[i].asks[0].first for i in rows], sampling)
                 for i, one in zip(rows, given, strict=True):
                     answers[i] = [one]
     return [
@@ -305,14 +318,13 @@ def _agnostic(llm: LLM, prompts: list[Prompt], answer: bool) -> list[_Read]:
     ]  # fmt: skip
 
 
-def _aware(llm: LLM, prompts: list[Prompt], answer: bool) -> list[_Read]:
+def _aware(llm: LLM, prompts: list[Prompt], sampling: Sampling, *, answer: bool) -> list[_Read]:
     """A compression of its own for every question; a group of more than one has one question each."""
-    limit = prompts[0].record.max_new_tokens
     reads: list[_Read] = []
     asked: list[tuple[list[Answer], list[Tensor]]] = [([], []) for _ in prompts]
     for k in range(len(prompts[0].asks)):
         texts = [np.concatenate((p.context, np.array(p.asks[k].first, dtype=np.int32))) for p in prompts]
-        session = Session.read(llm, texts, limit)
+        session = Session.read(llm, texts, sampling)
         kept = session.kept()
         if k == 0:
             reads = [
@@ -322,7 +334,7 @@ def _aware(llm: LLM, prompts: list[Prompt], answer: bool) -> list[_Read]:
         for i, prompt in enumerate(prompts):
             asked[i][1].append(session.rows([i]).follow([], prompt.asks[k].target))
         if answer:
-            for i, one in enumerate(session.answer(limit)):
+            for i, one in enumerate(session.answer(sampling)):
                 asked[i][0].append(one)
     return [
         _Read(*asked[i], read.kept, read.tokens, read.units, read.kv_bytes, read.peak_kv_bytes)

@@ -57,12 +57,17 @@ class Session:
 
     @classmethod
     @torch.inference_mode()
-    def read(cls, llm: LLM, prompts: Sequence[NDArray[np.int32]], new_tokens: int) -> Session:
+    def read(cls, llm: LLM, prompts: Sequence[NDArray[np.int32]], sampling: Sampling) -> Session:
         """Query-aware: whole prompts, as `LLM.generate` reads them."""
         started = time.perf_counter()
         ids = _tensor(prompts, llm)
         reader = Reader.start(
-            llm.backbone, llm.method, llm.config, batch=len(prompts), prompt_len=ids.shape[1], new_tokens=new_tokens
+            llm.backbone,
+            llm.method,
+            llm.config,
+            batch=len(prompts),
+            prompt_len=ids.shape[1],
+            new_tokens=sampling.max_new_tokens,
         )
         return cls(llm, reader, 0.0, reader.read(ids))._timed(started)
 
@@ -77,15 +82,15 @@ class Session:
         layers = [layer.units().position.cpu() for layer in self._reader.cache.layers if layer.window is None]
         return [[layer[row] for layer in layers] for row in range(self._reader.cache.batch)]
 
-    def ask(self, questions: Sequence[list[int]], max_new_tokens: int) -> list[Answer]:
+    def ask(self, questions: Sequence[list[int]], sampling: Sampling) -> list[Answer]:
         """Answer one question a row, all of one length, on a copy: the contexts stay as they are."""
-        return self._answer(self._reader.copy(), questions, max_new_tokens)[0]
+        return self._answer(self._reader.copy(), questions, sampling)[0]
 
-    def answer(self, max_new_tokens: int) -> list[Answer]:
+    def answer(self, sampling: Sampling) -> list[Answer]:
         """Go on behind what was read (`Session.read`); the session is spent."""
-        return self._answer(self._reader, None, max_new_tokens)[0]
+        return self._answer(self._reader, None, sampling)[0]
 
-    def chat(self, turns: Sequence[tuple[list[int], list[int]]], max_new_tokens: int) -> list[Answer]:
+    def chat(self, turns: Sequence[tuple[list[int], list[int]]], sampling: Sampling) -> list[Answer]:
         """Answer questions one after the other on a copy of a session of one row; each sees the ones before it.
 
         turns: for each question its ids behind the context and its ids behind an answer.
@@ -94,7 +99,7 @@ class Session:
         pending: list[int] = []
         for i, (first, later) in enumerate(turns):
             ids = [*pending, *later] if i else first
-            [answer], decoder = self._answer(reader, [ids], max_new_tokens)
+            [answer], decoder = self._answer(reader, [ids], sampling)
             pending = [] if decoder.pending[0] is None else [decoder.pending[0]]
             answers.append(answer)
         return answers
@@ -117,7 +122,7 @@ class Session:
         return self
 
     def _answer(
-        self, reader: Reader, questions: Sequence[list[int]] | None, max_new_tokens: int
+        self, reader: Reader, questions: Sequence[list[int]] | None, sampling: Sampling
     ) -> tuple[list[Answer], Decoder]:
         device = self.llm.backbone.device
         ids = torch.tensor(questions or [[]] * reader.cache.batch, dtype=torch.int64, device=device)
@@ -125,7 +130,7 @@ class Session:
         def prefill() -> Tensor:
             return self._logits if questions is None else self._read_question(reader, ids)
 
-        decoder = Decoder(reader, prefill, ids, Sampling(max_new_tokens=max_new_tokens), strip_start=True)
+        decoder = Decoder(reader, prefill, ids, sampling, strip_start=True)
         for _ in decoder.pieces():
             pass
         return [self._cost(output) for output in decoder.outputs()], decoder

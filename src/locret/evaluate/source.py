@@ -15,15 +15,17 @@ class TaskFacts:
 
     Attributes:
         dense: every part of the context is as likely to be asked for as any other.
-        ceiling: for dense tasks, (units kept, context tokens) -> the best score that a method which has not seen the
-            question can expect; None where there is no such bound.
+        ceiling: for dense tasks, (record, units kept a layer and head) -> the best score that a method which has not
+            seen the question can expect; None where there is no such bound.
+        stop: text that ends an answer; empty: none.
     """
 
     summary: str = ""
     group: str = ""
     metric: str = ""
     dense: bool = False
-    ceiling: Callable[[int, int], float] | None = None
+    ceiling: Callable[[Record, int], float] | None = None
+    stop: str = ""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from locret.backbone import Backbone
 from locret.errors import ConfigError
 from locret.evaluate.grid import Grid
 from locret.evaluate.run import Expected
-from locret.evaluate.source import Source, TaskFacts
+from locret.evaluate.source import Source
 from locret.evaluate.stats import bootstrap, mean_interval
 from locret.evaluate.store import Line, dump
 from locret.files import write_text
@@ -53,7 +53,7 @@ def summarise(grid: Grid, backbone: Backbone, source: Source, lines: Sequence[Li
         "model": {"name": grid.model or "embedded", **backbone.fingerprint(), "dtype": str(backbone.dtype)},
         "tasks": {task: {"summary": fact.summary, "group": fact.group, "metric": fact.metric, "dense": fact.dense}
                   for task, fact in facts.items()},
-        "cells": [_cell(key, mine, full, facts[key[0]]) for key, mine in by_cell.items()],
+        "cells": [_cell(key, mine, full) for key, mine in by_cell.items()],
     }  # fmt: skip
 
 
@@ -75,7 +75,7 @@ def load_run(path: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
-def _cell(key: tuple[Any, ...], lines: list[Line], full: dict[tuple[Any, ...], Line], fact: TaskFacts) -> Cell:
+def _cell(key: tuple[Any, ...], lines: list[Line], full: dict[tuple[Any, ...], Line]) -> Cell:
     task, length, method, budget = key
     scores = [line["score"] for line in lines]
     cell: Cell = {
@@ -102,8 +102,8 @@ def _cell(key: tuple[Any, ...], lines: list[Line], full: dict[tuple[Any, ...], L
         shares = np.array([np.array(line["kept"]) / line["gold"] for line in gold])  # [N, L, Hkv]
         cell["retention"] = round(float(shares.mean()), 4)
         cell["retention_map"] = shares.mean(axis=0).round(4).tolist()
-    if fact.dense and fact.ceiling is not None and budget is not None:
-        cell["ceiling"] = round(float(fact.ceiling(cell["units"], cell["prompt_tokens"])), 2)
+    if all("ceiling" in line for line in lines):
+        cell["ceiling"] = _mean([line["ceiling"] for line in lines])
     cell["samples"] = [f"{line['seed']}/{line['index']}/{line['sample']}" for line in lines]
     cell["scores"] = scores
     if all("depth" in line for line in lines):
