@@ -22,6 +22,7 @@ from locret.errors import ConfigError, DataError
 from locret.evaluate.grid import Grid
 from locret.evaluate.run import run
 from locret.evaluate.source import ListSource
+from locret.evaluate.suite import SuiteSource
 from locret.evaluate.summary import finish
 from locret.methods import get_method
 
@@ -211,10 +212,10 @@ def test_records_that_cannot_be_scored_or_asked_are_refused(backbone: Backbone, 
     inside = ListSource({"key": [record(0, question="")]}, fake_score)
     with pytest.raises(ConfigError, match="set query_aware = true"):
         run(grid(), backbone, inside, tmp_path)
-    foreign = source()
-    foreign.metrics = lambda: ["fuke"]  # type: ignore[method-assign]
-    with pytest.raises(ConfigError, match=r"unknown metric of sample 0.*did you mean 'fuke'"):
-        run(grid(), backbone, foreign, tmp_path)
+    real = ListSource({"key": [record(0, metric="infinitebench_dialog")]}, fake_score)
+    real.check = SuiteSource().check  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match="did you mean 'infinitebench_dialogue'"):
+        run(grid(), backbone, real, tmp_path)
     long = ListSource({"key": [record(0, context="x " * 300)]}, fake_score)
     with pytest.raises(ConfigError, match=r"this model reads 512\. Set max_context"):
         run(grid(), backbone, long, tmp_path)

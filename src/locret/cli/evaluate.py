@@ -170,7 +170,9 @@ def _run(grid: Grid, destination: Path, device: str, output: OutputOptions) -> N
 
 def suite_source() -> Source:
     """The project's own tasks."""
-    raise ConfigError("the task suite is not here yet")
+    from locret.evaluate.suite import SuiteSource
+
+    return SuiteSource()
 
 
 def _heads(grid: Grid, backbone: Backbone) -> RetainingHeads | None:
@@ -196,12 +198,8 @@ def _show(results: Results) -> None:
         for cell in results["cells"]
     ]  # fmt: skip
     columns = ("task", "length", "method", "score [95 %]", "max", "gold", "KV cache", "n")
-    table(
-        columns,
-        rows,
-        title=f"{mode}, {results['grid']['mode']} tasks; max: what a method that has not seen the question can expect; "
-        "gold: share of the facts' units that were kept",
-    )
+    table(columns, rows, title=f"{mode}, {results['grid']['mode']} tasks")
+    say("max: what a method that has not seen the question can expect; gold: share of the facts' units that were kept")
 
 
 def _report(folders: Sequence[Path], destination: Path, output: OutputOptions) -> None:

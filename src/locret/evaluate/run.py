@@ -20,7 +20,7 @@ from locret.backbone import Backbone, model_length
 from locret.config import CacheConfig, Sampling, parse_budget
 from locret.decode import full_cache_bytes
 from locret.engine import LLM
-from locret.errors import ConfigError, DataError, unknown
+from locret.errors import ConfigError, DataError
 from locret.evaluate.grid import AS_IT_IS, Block, Grid, Variant, parse_method
 from locret.evaluate.measures import Distance, distance, gold_kept
 from locret.evaluate.prompts import Encoder, Prompt, name_of
@@ -58,7 +58,7 @@ class Expected:
 
 def check(grid: Grid, source: Source) -> None:
     """What can be said before a model is loaded. Raises: ConfigError."""
-    grid.check_names(source.tasks(), source.public())
+    grid.check_names(source.tasks())
 
 
 def run(
@@ -141,11 +141,10 @@ class _Runner:
             seen.add((block.task, block.length))
             records = self.records(block, count=None if block.length == AS_IT_IS else 1)
             for record in records[:1] if block.length != AS_IT_IS else records:
-                if record.metric not in self.source.metrics():
-                    raise unknown(f"metric of {name_of(record)}", record.metric, self.source.metrics())
-                for turn in record.turns:
-                    if not turn.answers:
+                for answers in (record.answers, *(turn.answers for turn in record.turns)):
+                    if not answers:
                         raise DataError(f"{name_of(record)} has a question without an answer")
+                    self.source.check(record.metric, answers)
                 if not self.grid.query_aware and not record.question.strip():
                     raise ConfigError(
                         f"{name_of(record)} has no question apart from its context, so nothing about it is "

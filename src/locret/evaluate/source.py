@@ -43,15 +43,13 @@ class Request:
 
 
 class Source(Protocol):
-    """Tasks by name. `records` gives the same samples for the same request."""
+    """Tasks by name. `records` gives the same samples for the same request; `check` raises what `score` would."""
 
     def tasks(self) -> Sequence[str]: ...
 
-    def public(self) -> Sequence[str]: ...
-
     def facts(self, task: str) -> TaskFacts: ...
 
-    def metrics(self) -> Sequence[str]: ...
+    def check(self, metric: str, answers: Sequence[str]) -> None: ...
 
     def records(self, request: Request) -> Iterable[Record]: ...
 
@@ -69,14 +67,11 @@ class ListSource:
     def tasks(self) -> Sequence[str]:
         return list(self.by_task)
 
-    def public(self) -> Sequence[str]:
-        return []
-
     def facts(self, task: str) -> TaskFacts:
         return self.known.get(task, TaskFacts())
 
-    def metrics(self) -> Sequence[str]:
-        return sorted({record.metric for records in self.by_task.values() for record in records})
+    def check(self, metric: str, answers: Sequence[str]) -> None:
+        """Whatever the scorer takes is fine."""
 
     def records(self, request: Request) -> Iterable[Record]:
         return self.by_task[request.task][: request.count]
