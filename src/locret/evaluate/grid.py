@@ -66,6 +66,8 @@ class Grid:
         mode: "hardened" (random details, short answers) or "official" (the published generators and limits).
         query_aware: False: the context is compressed before its question is known, once for all of its questions.
             True: every question gets a compression of its own, of context and question together.
+        answer_prefix: whether generated tasks begin the answer with the published words ("The pass key is"); default:
+            not for the embedded model, which was never trained to go on behind any and stops there.
         turns: several questions of one context are asked one after the other ("conversation", each sees the answers
             before it) or each of the context as it was compressed ("separate").
         batch_size: samples of equal length that run together.
@@ -86,6 +88,7 @@ class Grid:
     samples: int = 50
     mode: str = "hardened"
     query_aware: bool = False
+    answer_prefix: bool | None = None
     turns: str = "conversation"
     batch_size: int = 8
     max_context: int | None = None
@@ -106,6 +109,8 @@ class Grid:
             object.__setattr__(self, name, tuple(value))
         for axes in self._parts():
             _check_axes(axes)
+        if self.answer_prefix is None:
+            object.__setattr__(self, "answer_prefix", self.model is not None)
         if self.mode not in MODES:
             raise unknown("mode", str(self.mode), MODES)
         if self.turns not in TURNS:

@@ -154,7 +154,8 @@ class _Runner:
     def records(self, block: Block, count: int | None = None) -> list[Record]:
         request = Request(
             task=block.task, length=block.length, seed=block.seed, count=count or block.samples, mode=self.grid.mode,
-            tokenizer=self.backbone.tokenizer, text=self.grid.text, public=self.grid.public.get(block.task),
+            tokenizer=self.backbone.tokenizer, answer_prefix=bool(self.grid.answer_prefix), text=self.grid.text,
+            public=self.grid.public.get(block.task),
         )  # fmt: skip
         records = list(itertools.islice(self.source.records(request), request.count))
         if not records:

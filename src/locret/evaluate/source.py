@@ -38,6 +38,7 @@ class Request:
     count: int
     mode: str
     tokenizer: Any
+    answer_prefix: bool = True
     text: str | None = None
     public: dict[str, Any] | None = None  # path, hub_id, limit of a public set
 

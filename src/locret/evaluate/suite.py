@@ -34,7 +34,8 @@ class SuiteSource:
             self._haystacks[request.text] = Haystack.of(request.text, request.tokenizer)
         return suite.generate(
             request.task, count=request.count, length=request.length, tokenizer=request.tokenizer, seed=request.seed,
-            mode=request.mode, filler=None if request.text is None else self._haystacks[request.text],
+            mode=request.mode, answer_prefix=request.answer_prefix,
+            filler=None if request.text is None else self._haystacks[request.text],
         )  # fmt: skip
 
     def check(self, metric: str, answers: Sequence[str]) -> None:
