@@ -18,6 +18,7 @@ import locret
 from locret.errors import ConfigError, DataError
 from locret.tasks.gauge import Draft, Plan, fit, gauge_of
 from locret.tasks.haystack import Haystack, sentences
+from locret.tasks.infinitebench import order_statistic
 from locret.tasks.metrics import check, score
 from locret.tasks.suite import MODES, TASKS, generate, group, options_of, prompt
 
@@ -490,6 +491,16 @@ def test_math_find_follows_the_published_template(tokenizer):
             assert {record.context[a:b] for a, b in record.spans} == {record.answers[0]}
     assert len({which for which, _ in seen}) == 7
     assert len(seen) > 10
+
+
+def test_second_and_third_count_different_values_and_the_median_may_lie_between():
+    numbers = [1, 1, 2, 5, 8, 9]
+    found = {
+        which: order_statistic(numbers, which) for which in ("largest", "third largest", "second smallest", "median")
+    }
+    assert found == {"largest": "9", "third largest": "5", "second smallest": "2", "median": "3.5"}
+    assert order_statistic([1, 3, 7], "median") == "3"
+    assert order_statistic([1, 3, 5, 7], "median") == "4"
 
 
 @pytest.mark.parametrize("mode", MODES)

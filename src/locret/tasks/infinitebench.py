@@ -136,7 +136,7 @@ def math_find(request: Request) -> Plan:
     def write(num: int) -> Draft:
         texts = units.first(num)
         numbers = sorted(int(text) for text in texts)
-        answer = _found(numbers, which)
+        answer = order_statistic(numbers, which)
         writer = Writer()
         if not request.hardened:
             writer.add(f"What is the {which} number in the following list?\n\n")
@@ -156,7 +156,7 @@ def math_find(request: Request) -> Plan:
     return Plan(write, units.cost, least=_LEAST_NUMBERS)
 
 
-def _found(numbers: list[int], which: str) -> str:
+def order_statistic(numbers: list[int], which: str) -> str:
     """The answer, from the sorted list; "second" and "third" count different values."""
     if which == "median":
         middle = len(numbers) // 2
