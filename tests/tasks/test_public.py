@@ -278,6 +278,7 @@ def test_scbench(tmp_path):
     assert text_of(mf) == "What is the largest number?\n\n[1, 9]\n\nThe largest number is: "
     assert mf.turns[0].question == "What is the smallest number?\n\nThe smallest number is: "
     parts = found["scbench/scbench_summary_with_needles"]
+    assert [text_of(part) for part in parts] == ["T\n\nSum up.", "T\n\nKey?"]
     assert [(r.metric, r.max_new_tokens) for r in parts] == [("rouge_lsum", 800), ("infinitebench_first_number", 15)]
 
 

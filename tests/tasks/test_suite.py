@@ -20,6 +20,7 @@ from locret.tasks.gauge import Draft, Plan, fit, gauge_of
 from locret.tasks.haystack import Haystack, sentences
 from locret.tasks.infinitebench import order_statistic
 from locret.tasks.metrics import check, score
+from locret.tasks.public import SETS
 from locret.tasks.suite import MODES, TASKS, generate, group, options_of, prompt
 
 EMBEDDED = Path(locret.__file__).parent / "models" / "embedded"
@@ -639,3 +640,16 @@ def test_sentences_are_split_where_they_end():
     assert sentences(text) == [
         "He came.", '"Who?" she asked.', "It was 3.5 km to St.", "Ives!", "Then (so it is said) nothing.",
     ]  # fmt: skip
+
+
+def test_the_page_lists_every_task_and_set():
+    page = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
+    rows = set(
+        re.findall(r"^\| `(\w+)` \| (\w+) \| (.+?) \| `(\w+)` \| (\d+) / (\d+) \| (yes)? ?\|$", page, re.MULTILINE)
+    )
+    assert rows == {
+        (name, info.group, info.summary, info.metric, str(info.max_new_tokens["official"]),
+         str(info.max_new_tokens["hardened"]), "yes" if info.dense else "")
+        for name, info in TASKS.items()
+    }  # fmt: skip
+    assert all(f"`{name}`" in page for name in SETS)

@@ -182,7 +182,7 @@ def code_run(request: Request, depth: int | None = None) -> Plan:
     def define(index: int) -> str:
         # the deepest layer first, so that every callee exists; layer of i is i % depth, 0 the deepest
         label = index
-        while request.hardened and (label := rng.randrange(10_000)) in labels:
+        while request.hardened and (label := rng.randrange(max(10_000, 2 * index))) in labels:
             pass
         labels.add(label)
         names.append(f"func_{label}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from locret.errors import DataError
@@ -64,7 +64,7 @@ def _convert(name: str, row: Row, index: int) -> Iterator[Record]:
 
 
 def _record(name: str, task: str, asked: list[Row], limit: int, row: Row, index: int) -> Record:
-    kind = _TASKS[task]
+    kind = _TASKS[task] if name == task else replace(_TASKS[task], head="")  # mixed contexts bring their own
     turns = [_turn(kind, turn, follows=i > 0) for i, turn in enumerate(asked)]
     first = turns[0]
     prompt = Prompt(kind.head + "{context}\n\n{question}", kind.metric, limit)
