@@ -18,7 +18,9 @@ import locret
 from locret.errors import ConfigError, DataError
 from locret.tasks.gauge import Draft, Plan, fit, gauge_of
 from locret.tasks.haystack import Haystack, sentences
+from locret.tasks.infinitebench import order_statistic
 from locret.tasks.metrics import check, score
+from locret.tasks.public import SETS
 from locret.tasks.suite import MODES, TASKS, generate, group, options_of, prompt
 
 EMBEDDED = Path(locret.__file__).parent / "models" / "embedded"
@@ -492,6 +494,16 @@ def test_math_find_follows_the_published_template(tokenizer):
     assert len(seen) > 10
 
 
+def test_second_and_third_count_different_values_and_the_median_may_lie_between():
+    numbers = [1, 1, 2, 5, 8, 9]
+    found = {
+        which: order_statistic(numbers, which) for which in ("largest", "third largest", "second smallest", "median")
+    }
+    assert found == {"largest": "9", "third largest": "5", "second smallest": "2", "median": "3.5"}
+    assert order_statistic([1, 3, 7], "median") == "3"
+    assert order_statistic([1, 3, 5, 7], "median") == "4"
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_code_run_is_python_that_returns_the_answer(mode, tokenizer):
     for i, record in enumerate(take("code_run", tokenizer, mode, count=6)):
@@ -628,3 +640,16 @@ def test_sentences_are_split_where_they_end():
     assert sentences(text) == [
         "He came.", '"Who?" she asked.', "It was 3.5 km to St.", "Ives!", "Then (so it is said) nothing.",
     ]  # fmt: skip
+
+
+def test_the_page_lists_every_task_and_set():
+    page = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
+    rows = set(
+        re.findall(r"^\| `(\w+)` \| (\w+) \| (.+?) \| `(\w+)` \| (\d+) / (\d+) \| (yes)? ?\|$", page, re.MULTILINE)
+    )
+    assert rows == {
+        (name, info.group, info.summary, info.metric, str(info.max_new_tokens["official"]),
+         str(info.max_new_tokens["hardened"]), "yes" if info.dense else "")
+        for name, info in TASKS.items()
+    }  # fmt: skip
+    assert all(f"`{name}`" in page for name in SETS)

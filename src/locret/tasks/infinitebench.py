@@ -136,7 +136,7 @@ def math_find(request: Request) -> Plan:
     def write(num: int) -> Draft:
         texts = units.first(num)
         numbers = sorted(int(text) for text in texts)
-        answer = _found(numbers, which)
+        answer = order_statistic(numbers, which)
         writer = Writer()
         if not request.hardened:
             writer.add(f"What is the {which} number in the following list?\n\n")
@@ -156,7 +156,7 @@ def math_find(request: Request) -> Plan:
     return Plan(write, units.cost, least=_LEAST_NUMBERS)
 
 
-def _found(numbers: list[int], which: str) -> str:
+def order_statistic(numbers: list[int], which: str) -> str:
     """The answer, from the sorted list; "second" and "third" count different values."""
     if which == "median":
         middle = len(numbers) // 2
@@ -182,7 +182,7 @@ def code_run(request: Request, depth: int | None = None) -> Plan:
     def define(index: int) -> str:
         # the deepest layer first, so that every callee exists; layer of i is i % depth, 0 the deepest
         label = index
-        while request.hardened and (label := rng.randrange(10_000)) in labels:
+        while request.hardened and (label := rng.randrange(max(10_000, 2 * index))) in labels:
             pass
         labels.add(label)
         names.append(f"func_{label}")

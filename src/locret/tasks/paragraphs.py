@@ -117,8 +117,10 @@ class _World:
         rng.shuffle(self.towns)
 
     def person_name(self) -> str:
+        middle = ""
         while True:
-            name = f"{self.rng.choice(sections()['first'])} {self.rng.choice(sections()['last'])}"
+            name = f"{self.rng.choice(sections()['first'])} {middle}{self.rng.choice(sections()['last'])}"
+            middle = f"{self.rng.choice('ABCDEFGHIJKLMNOPRSTVW')}. "  # should the plain name be taken
             if name not in self.used:
                 self.used.add(name)
                 return name

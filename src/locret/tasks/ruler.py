@@ -16,6 +16,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from locret.errors import ConfigError
 from locret.tasks import paragraphs
 from locret.tasks.gauge import Draft, Plan, Units, Writer
 from locret.tasks.haystack import NOISE
@@ -61,6 +62,7 @@ _DEPTHS = [int(depth) for depth in np.round(np.linspace(0, 100, num=40))]
 _ICL_TOKENS = 500
 _SHORT = 4096  # below it, RULER's cwe repeats words less often
 _ZETA_2 = np.pi**2 / 6
+_TRIES = 200
 
 
 # ---------------------------------------------------------------------- needles
@@ -75,11 +77,14 @@ class _Names:
         self.used: set[str] = set()
 
     def new(self, kind: str) -> str:
-        while True:
+        for attempt in range(_TRIES):
             name = self._draw(kind)
             if name not in self.used:
                 self.used.add(name)
                 return name
+            if attempt == _TRIES // 2:  # a million tokens of needles need more keys than are held out
+                self.split = "any"
+        raise ConfigError(f"no {kind} are left after {len(self.used):,} different ones; ask for a shorter length")
 
     def _draw(self, kind: str) -> str:
         rng = self.rng

@@ -17,10 +17,11 @@ from locret.tasks import babi, dialogue, icl, infinitebench, multiturn, niah, ru
 from locret.tasks.filler import Filler
 from locret.tasks.gauge import Draft, Plan, fit, gauge_of
 from locret.tasks.haystack import Haystack
+from locret.tasks.public import load_public
 from locret.tasks.records import Record
 from locret.tasks.request import MODES, Request, TaskInfo
 
-__all__ = ["MODES", "TASKS", "Record", "TaskInfo", "generate", "group", "options_of", "prompt"]
+__all__ = ["MODES", "TASKS", "Record", "TaskInfo", "generate", "group", "load_public", "options_of", "prompt"]
 
 _MODULES = (ruler, infinitebench, dialogue, niah, multiturn, verbatim, icl, babi)
 TASKS: dict[str, TaskInfo] = {info.name: info for module in _MODULES for info in module.TASKS}
