@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import build_byte_tokenizer, build_tiny_model
-from evaluate.samples import grid, source
+from eval_samples import grid, source
 
 from locret.backbone import Backbone
 from locret.errors import ConfigError

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluate.samples import source
+from eval_samples import source
 
 from locret.cli import evaluate, main
 from locret.evaluate import run as running

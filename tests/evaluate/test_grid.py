@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluate.samples import grid
+from eval_samples import grid
 
 from locret.errors import ConfigError
 from locret.evaluate.grid import Grid, parse_method
@@ -83,6 +83,12 @@ def test_names_are_checked_against_what_there_is() -> None:
     with pytest.raises(ConfigError, match="did you mean 'key'"):
         grid(tasks=["kee"]).check_names(["key", "turns"])
     grid(tasks=["key", "qasper"], public={"qasper": {}}).check_names(["key"])
+
+
+def test_groups_stand_for_their_tasks() -> None:
+    given = grid(tasks=["ruler", "b"], part=[{}, {"tasks": ["ruler"]}]).expanded({"ruler": ["a", "b"]})
+    assert given.tasks == ("a", "b")
+    assert given.part == ({}, {"tasks": ["a", "b"]})
 
 
 def test_method_options() -> None:

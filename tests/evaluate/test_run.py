@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import build_byte_tokenizer, build_tiny_model
-from evaluate.samples import fake_score, grid, record, source
+from eval_samples import fake_score, grid, record, source
 
 from locret.backbone import Backbone
 from locret.config import CacheConfig
@@ -127,7 +127,7 @@ CHILD = """
 import sys, pathlib
 sys.path.insert(0, {tests!r})
 from conftest import build_byte_tokenizer, build_tiny_model
-from evaluate.samples import grid, source
+from eval_samples import grid, source
 from locret.backbone import Backbone
 from locret.evaluate.run import run
 run(grid(budgets=[48, 56], samples=5), Backbone(build_tiny_model("llama"), build_byte_tokenizer()), source(),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from evaluate.samples import record
+from eval_samples import record
 
 from locret.backbone import Backbone
 from locret.config import CacheConfig, Sampling

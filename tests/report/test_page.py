@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report.studies import write_results
+from eval_results import write_results
 
 from locret.errors import ConfigError
 from locret.report.charts import Point, Series, heat, plot

@@ -36,7 +36,9 @@ def evaluate(
     destination: Annotated[
         Path | None, Option("--output", help="Folder for samples, results and report; the same one resumes.")
     ] = None,
-    tasks: Annotated[str | None, Option("--tasks", help="Names, separated by commas.", rich_help_panel=_GRID)] = None,
+    tasks: Annotated[
+        str | None, Option("--tasks", help="Names or groups, separated by commas: ruler,niah.", rich_help_panel=_GRID)
+    ] = None,
     methods: Annotated[
         str | None,
         Option(
@@ -142,6 +144,7 @@ def _run(grid: Grid, destination: Path, device: str, output: OutputOptions) -> N
     from locret.report.page import write_report
 
     source = suite_source()
+    grid = grid.expanded(source.groups())
     check(grid, source)
     quiet_transformers()
     place = _Place.of_environment()

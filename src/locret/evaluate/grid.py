@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ class Grid:
     """A grid. The first six fields are its axes; a `[[part]]` table replaces some of them for a grid of its own.
 
     Attributes:
-        tasks: names of generated tasks, or keys of `public`.
+        tasks: names of generated tasks or groups of them ("ruler"), or keys of `public`.
         methods: see `locret methods`; options after colons, "snapkv:window=64". "full" keeps everything, so it has
             no budget and is run once; it is also what the continuous measures compare with.
         budgets: as in `CacheConfig`: units, bytes, or a share of the context (of the prompt if `query_aware`).
@@ -143,6 +143,15 @@ class Grid:
         """Plain lists and dicts, for JSON."""
         return {name: list(value) if isinstance(value, tuple) else value
                 for name, value in dataclasses.asdict(self).items()}  # fmt: skip
+
+    def expanded(self, groups: Mapping[str, Sequence[str]]) -> Grid:
+        """The names of groups of tasks replaced by their tasks."""
+
+        def expand(names: Iterable[str]) -> list[str]:
+            return list(dict.fromkeys(task for name in names for task in groups.get(name, [name])))
+
+        parts = [{**part, "tasks": expand(part["tasks"])} if "tasks" in part else part for part in self.part]
+        return dataclasses.replace(self, tasks=tuple(expand(self.tasks)), part=tuple(parts))
 
     def blocks(self) -> list[Block]:
         """Everything to run, one block per (task, length, seed), "full" first in each."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -48,6 +48,8 @@ class Source(Protocol):
 
     def tasks(self) -> Sequence[str]: ...
 
+    def groups(self) -> Mapping[str, Sequence[str]]: ...
+
     def facts(self, task: str) -> TaskFacts: ...
 
     def check(self, metric: str, answers: Sequence[str]) -> None: ...
@@ -67,6 +69,9 @@ class ListSource:
 
     def tasks(self) -> Sequence[str]:
         return list(self.by_task)
+
+    def groups(self) -> Mapping[str, Sequence[str]]:
+        return {"all": list(self.by_task)}
 
     def facts(self, task: str) -> TaskFacts:
         return self.known.get(task, TaskFacts())

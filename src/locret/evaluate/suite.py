@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from locret.evaluate.source import Request, TaskFacts
 from locret.tasks import metrics, suite
 from locret.tasks.haystack import Haystack
+from locret.tasks.public import load_public
 from locret.tasks.records import Record
 
 
@@ -20,6 +20,9 @@ class SuiteSource:
     def tasks(self) -> Sequence[str]:
         return list(suite.TASKS)
 
+    def groups(self) -> Mapping[str, Sequence[str]]:
+        return {info.group: suite.group(info.group) for info in suite.TASKS.values() if info.group not in suite.TASKS}
+
     def facts(self, task: str) -> TaskFacts:
         if task not in suite.TASKS:
             return TaskFacts(group="public")
@@ -28,7 +31,6 @@ class SuiteSource:
 
     def records(self, request: Request) -> Iterable[Record]:
         if request.public is not None:
-            load_public = importlib.import_module("locret.tasks.public").load_public
             return load_public(request.task, **{"limit": request.count, **request.public})
         if request.text is not None and request.text not in self._haystacks:
             self._haystacks[request.text] = Haystack.of(request.text, request.tokenizer)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from conftest import build_byte_tokenizer, build_tiny_model
-from evaluate.samples import fake_score, grid
+from eval_samples import fake_score, grid
 
 from locret.backbone import Backbone
 from locret.evaluate.run import Expected
