@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from eval_samples import grid
 
 from locret.errors import ConfigError
 from locret.evaluate.grid import Grid, parse_method
+from locret.evaluate.suite import SuiteSource
 
 TOML = """
 tasks = ["a", "b"]
@@ -108,3 +111,13 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
     path.write_text("tasks = [")
     with pytest.raises(ConfigError, match=r"grid\.toml"):
         Grid.from_toml(path)
+
+
+def test_the_grids_in_the_repository_are_grids() -> None:
+    root = Path(__file__).parent.parent.parent
+    [example] = re.findall(r"^```toml\n(.*?)^```", (root / "docs/evaluate.md").read_text(), re.MULTILINE | re.DOTALL)
+    documented = Grid.from_dict(tomllib.loads(example))
+    assert {variant.samples for block in documented.blocks() for variant in block.variants} == {50, 200}
+    quick = Grid.from_toml(root / "recipes/eval-quick.toml")
+    assert (len(quick.tasks), len(quick.methods), len(quick.budgets), quick.samples) == (6, 5, 2, 20)
+    quick.check_names(SuiteSource().tasks())
