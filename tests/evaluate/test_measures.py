@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,14 +18,13 @@ from locret.methods import get_method
 
 
 def test_distance_by_hand() -> None:
-    """Two tokens of a vocabulary of two: full gives (3/4, 1/4) twice, the other (1/4, 3/4) and (3/4, 1/4)."""
+    """Two tokens of a vocabulary of two: full gives (3/4, 1/4) twice, the other (1/8, 7/8) and (3/4, 1/4)."""
     full = torch.tensor([[0.75, 0.25], [0.75, 0.25]]).log().double()
-    other = torch.tensor([[0.25, 0.75], [0.75, 0.25]]).log().double()
+    other = torch.tensor([[0.125, 0.875], [0.75, 0.25]]).log().double()
     found = distance(other, torch.tensor([0, 1]), full)
-    log = torch.tensor([0.25, 0.75, 3.0]).double().log()
-    assert found.nll == pytest.approx(float(-(log[0] + log[0]) / 2))
-    assert found.delta == pytest.approx(float(-(log[0] - log[1]) / 2))
-    assert found.kl == pytest.approx(float((0.75 * log[2] - 0.25 * log[2]) / 2))
+    assert found.nll == pytest.approx(-(math.log(1 / 8) + math.log(1 / 4)) / 2)
+    assert found.delta == pytest.approx((math.log(3 / 4) - math.log(1 / 8)) / 2)
+    assert found.kl == pytest.approx((0.75 * math.log(6) + 0.25 * math.log(2 / 7)) / 2)
     assert found.agreement == 0.5
 
 

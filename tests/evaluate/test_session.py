@@ -23,7 +23,7 @@ from locret.tasks.records import Turn
 @pytest.fixture
 def llm(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> LLM:
     backbone = Backbone(tiny_model("llama"), tiny_tokenizer)
-    return LLM(backbone, get_method("snapkv"), CacheConfig(budget=96, chunk_size=64))
+    return LLM(backbone, get_method("snapkv"), CacheConfig(budget=160, chunk_size=64, local_window=4))
 
 
 def test_compress_and_ask_is_what_a_context_answers(llm: LLM) -> None:
