@@ -150,6 +150,7 @@ def test_answer_prefixes_can_be_left_out(tokenizer):
     assert record.answer_prefix == ""
     assert all(turn.answer_prefix == "" for turn in record.turns)
     assert record.meta["tokens"] > 1490
+    assert record.max_new_tokens == TASKS["needles_scdq"].max_new_tokens["hardened"] + 32
 
 
 # ---------------------------------------------------------------------- gold spans, gold scores, wrong scores
