@@ -31,9 +31,8 @@ def needle_at_depth(request: Request, depths: Sequence[float] = DEPTHS) -> Plan:
         rng = request.rng("needle")
         place = rng.choice(towns("heldout"))
         thing = f"{rng.choice(sections()['adjectives'])} {rng.choice(sections()['nouns'])}"
-        year = rng.randint(1200, 1990)
-        needle = f"The museum of {place} has shown the {thing} of {year} since it opened."
-        question, answer = f"What has the museum of {place} shown since it opened?", f"{thing} {year}"
+        needle = f"The museum of {place} has shown the {thing} since it opened."
+        question, answer = f"What has the museum of {place} shown since it opened?", thing
         prefix = f" The museum of {place} has shown the"
 
     def write(num: int) -> Draft:
