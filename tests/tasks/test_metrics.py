@@ -125,6 +125,7 @@ def test_rouge_worked_by_hand():
     assert rouge.rouge_l("x a y c", "a b c") == pytest.approx(2 * 0.5 * (2 / 3) / (0.5 + 2 / 3))
     # Lin 2004, section 3.2: the union of "w1 w2" and "w1 w3 w5" is four of five words
     assert rouge.rouge_lsum("w1 w2 w6 w7 w8\nw1 w3 w8 w9 w5", "w1 w2 w3 w4 w5") == pytest.approx(2 * 0.4 * 0.8 / 1.2)
+    assert rouge.rouge_lsum("a b", "a\na") == pytest.approx(0.5)  # one "a" is found once
     # distinct words only: "a a b" has two
     assert rouge.summary_l("a a b", "a. b") == pytest.approx(1.0, abs=1e-6)
     assert rouge.summary_l("", "a") == 0.0

@@ -87,6 +87,6 @@ def _text(rng: random.Random, intent: int) -> str:
 TASKS = (
     TaskInfo(
         "many_shot_icl", "icl", "the label of a text, from labelled texts", "helmet_icl",
-        {"official": 20, "hardened": 6}, many_shot,
+        {"official": 20, "hardened": 6}, many_shot, stop="\n",
     ),
 )  # fmt: skip

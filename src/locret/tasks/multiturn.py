@@ -15,7 +15,7 @@ from locret.tasks.gauge import Draft, Plan, Writer
 from locret.tasks.infinitebench import KV_LEAD, kv_pairs, write_kv
 from locret.tasks.records import Turn
 from locret.tasks.request import Request, TaskInfo, dense_meta
-from locret.tasks.ruler import NEEDLE, NIAH_HEAD, NIAH_PREFIX, NIAH_QUESTION, _Names, _singular, essay_places
+from locret.tasks.ruler import NEEDLE, NIAH_HEAD, NIAH_PREFIX, NIAH_QUESTION, Names, essay_places, singular
 
 
 def _checked(num_questions: int) -> int:
@@ -50,11 +50,11 @@ def kv_multi_turn(request: Request, num_questions: int = 5) -> Plan:
 def needles_scdq(request: Request, num_questions: int = 5) -> Plan:
     """Numbers of `num_questions` keys in prose, asked one by one; RULER's needles and wording."""
     count = _checked(num_questions)
-    names = _Names(request, "needles")
+    names = Names(request, "needles")
     facts = [(names.new("words"), names.new("numbers")) for _ in range(count)]
     order = request.rng("order").sample(range(count), count)
     start = request.start()
-    ask: Callable[[str], str] = partial(_singular, single=True)
+    ask: Callable[[str], str] = partial(singular, single=True)
 
     def write(num: int) -> Draft:
         sentences = request.haystack.sentences(start, num)

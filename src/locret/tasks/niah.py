@@ -1,7 +1,7 @@
 """Needle in a haystack on a grid of depths (gkamradt's test), judged by word recall instead of by another model.
 
 Sample i lies at depth `depths[i % len(depths)]`; a grid of lengths is one call a length. The official needle, question
-and answer are the published ones; hardened invents a fact a sample, so that nothing can be known beforehand.
+and answer are the published ones; hardened hides a number of its own in each sample, in RULER's wording.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from locret.errors import ConfigError
+from locret.tasks import ruler
 from locret.tasks.gauge import Draft, Plan, Writer
 from locret.tasks.request import Request, TaskInfo
-from locret.tasks.words import sections, towns
+from locret.tasks.ruler import Names, singular
 
 NEEDLE = "The best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day."
 QUESTION = "What is the best thing to do in San Francisco?"
@@ -28,13 +29,13 @@ def needle_at_depth(request: Request, depths: Sequence[float] = DEPTHS) -> Plan:
     start = request.start()
     needle, question, answer, prefix = NEEDLE, f"{QUESTION} {_ORDER}", ANSWER, ""
     if request.hardened:
-        rng = request.rng("needle")
-        place = rng.choice(towns("heldout"))
-        thing = f"{rng.choice(sections()['adjectives'])} {rng.choice(sections()['nouns'])}"
-        year = rng.randint(1200, 1990)
-        needle = f"The museum of {place} has shown the {thing} of {year} since it opened."
-        question, answer = f"What has the museum of {place} shown since it opened?", f"{thing} {year}"
-        prefix = f" The museum of {place} has shown the"
+        names = Names(request, "needle")
+        key, answer = names.new("words"), names.new("numbers")
+        needle = ruler.NEEDLE.format(kind="numbers", key=key, value=answer)
+        question, prefix = (
+            singular(text, single=True).format(kind="number", query=key)
+            for text in (ruler.NIAH_QUESTION, ruler.NIAH_PREFIX)
+        )
 
     def write(num: int) -> Draft:
         sentences = request.haystack.sentences(start, num)

@@ -60,6 +60,7 @@ class TaskInfo:
         max_new_tokens: of each mode; the official ones are the published limits.
         counts_generated: the official length includes max_new_tokens (RULER's definition).
         build: (request, **options) -> plan.
+        stop: text behind which the answer has ended, for tasks that a model would go on with by itself; "": none.
     """
 
     name: str

@@ -68,7 +68,7 @@ _TRIES = 200
 # ---------------------------------------------------------------------- needles
 
 
-class _Names:
+class Names:
     """Random keys and values, none twice in a sample. Hardened keys are words that no training sample had as a key."""
 
     def __init__(self, request: Request, stream: str):
@@ -102,7 +102,7 @@ def needles(
 
     Args:    haystack: "noise", "essay", "needle";  key, value: "words", "numbers", "uuids".
     """
-    names = _Names(request, "needles")
+    names = Names(request, "needles")
     keys = [names.new(key) for _ in range(num_keys)]
     values = [[names.new(value) for _ in range(num_values)] for _ in keys]
     asked = request.rng("query").sample(range(num_keys), num_queries)
@@ -114,7 +114,7 @@ def needles(
     query = ", ".join(queries[:-1]) + ", and " + queries[-1] if len(queries) > 1 else queries[0]
     single = num_queries * num_values == 1
     head, question, prefix = (
-        _singular(text, single).format(kind=value[:-1] if single else value, query=query)
+        singular(text, single).format(kind=value[:-1] if single else value, query=query)
         for text in (NIAH_HEAD, NIAH_QUESTION, NIAH_PREFIX)
     )
     answers = tuple(one for i in asked for one in values[i])
@@ -131,7 +131,8 @@ def needles(
     return _in_lines(request, lines, units, draft, dense=True)
 
 
-def _singular(text: str, single: bool) -> str:
+def singular(text: str, single: bool) -> str:
+    """RULER's template for one value: "A special magic number is ...", if `single`."""
     if not single:
         return text
     return text.replace("Some", "A").replace("are all", "is").replace("are", "is")

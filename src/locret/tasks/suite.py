@@ -23,6 +23,7 @@ from locret.tasks.request import MODES, Request, TaskInfo
 
 __all__ = ["MODES", "TASKS", "Record", "TaskInfo", "generate", "group", "load_public", "options_of", "prompt"]
 
+SENTENCE = 32  # tokens that a model may need to say what a prefix says
 _MODULES = (ruler, infinitebench, dialogue, niah, multiturn, verbatim, icl, babi)
 TASKS: dict[str, TaskInfo] = {info.name: info for module in _MODULES for info in module.TASKS}
 _GIVEN = {"request", "hops", "level", "haystack", "key", "value"}  # set by the registry, not by users
@@ -46,7 +47,9 @@ def generate(
         length: most tokens of the prompt (`prompt`); filled up as far as whole units allow. RULER's official length
             includes the tokens to generate, so there the prompt is that much shorter.
         filler: natural text; None: the project's own prose; a file or folder of .txt, .jsonl or .jsonl.xz.
-        answer_prefix: False leaves out the words that the answer is made to begin with.
+        answer_prefix: False leaves out the words that the answer is made to begin with, and gives hardened tasks
+            `SENTENCE` more tokens, for models that begin with such words by themselves. The embedded model must have
+            False: it was trained to answer and stop, and stops behind a prefix.
         options: the task's own (`options_of`).
     Raises: ConfigError, at once: unknown task, mode or option, a count below 1; and a length that is too short.
     """
@@ -75,7 +78,7 @@ def generate(
             question=draft.question,
             answers=draft.answers,
             metric=info.metric,
-            max_new_tokens=info.max_new_tokens[mode],
+            max_new_tokens=info.max_new_tokens[mode] + (0 if answer_prefix or mode == "official" else SENTENCE),
             answer_prefix=draft.answer_prefix,
             spans=draft.spans,
             turns=draft.turns,

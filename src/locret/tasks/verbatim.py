@@ -31,15 +31,19 @@ def verbatim_copy(request: Request) -> Plan:
 
 
 def _unique_place(request: Request, words: list[str]) -> int:
-    """A word where a quotation can begin that occurs once; the prose's frames repeat, so some do not."""
+    """A word where a quotation can begin whose continuation is the same wherever it occurs.
+
+    It occurs once, unless the context is longer than the haystack, which then repeats.
+    """
     rng = request.rng("depth")
     text = " ".join(words)
     last = len(words) - QUOTED - CONTINUED
     for _ in range(64):
         at = rng.randrange(last + 1)
-        if text.count(" ".join(words[at : at + QUOTED])) == 1:
+        quote, both = " ".join(words[at : at + QUOTED]), " ".join(words[at : at + QUOTED + CONTINUED])
+        if text.count(quote) == text.count(both):
             return at
-    raise DataError("the haystack repeats itself: no 12 words of it occur only once; give it more varied text")
+    raise DataError("the haystack says the same words again and again; give it more varied text")
 
 
 TASKS = (

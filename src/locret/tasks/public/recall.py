@@ -80,7 +80,7 @@ def _helmet(task: str, row: Row, index: int) -> Iterator[Record]:
         return
     several = task == "ruler_niah_mv"
     head, question, prefix = (
-        ruler._singular(text, not several) for text in (ruler.NIAH_HEAD, ruler.NIAH_QUESTION, ruler.NIAH_PREFIX)
+        ruler.singular(text, not several) for text in (ruler.NIAH_HEAD, ruler.NIAH_QUESTION, ruler.NIAH_PREFIX)
     )
     prompt = Prompt(head + "{context}\n" + question + "\n", "string_match_all", 50, prefix.strip())
     answers = texts(row["answer"] if "answer" in row else row["outputs"])
