@@ -22,7 +22,7 @@ from locret.decode import full_cache_bytes
 from locret.engine import LLM
 from locret.errors import ConfigError, DataError
 from locret.evaluate.grid import AS_IT_IS, Block, Grid, Variant, parse_method
-from locret.evaluate.measures import Distance, distance, gold_kept
+from locret.evaluate.measures import Distance, distance
 from locret.evaluate.prompts import Encoder, Prompt, name_of
 from locret.evaluate.session import Answer, Session
 from locret.evaluate.source import Request, Source
@@ -257,9 +257,8 @@ class _Runner:
         if facts.dense and facts.ceiling is not None and evicts and not self.grid.query_aware:
             line["ceiling"] = _short(facts.ceiling(record, read.units))
         if prompt.gold:
-            gold = torch.tensor(prompt.gold)
             line["gold"] = len(prompt.gold)
-            line["kept"] = [gold_kept(positions, gold).tolist() for positions in read.kept]
+            line["kept"] = read.kept
         if own.tail is not None:
             text = prompt.context[-self.grid.tail_tokens :].tolist()
             line["tail"] = _distance(own.tail, text, full.tail if full else None)
@@ -285,7 +284,7 @@ class _Read:
 
     answers: list[Answer]
     logits: list[Tensor]  # that predict each question's target, [T, V]
-    kept: list[Tensor]
+    kept: list[list[int]]  # gold tokens held, per layer and KV head; empty without any
     tokens: int
     units: int
     kv_bytes: int
@@ -295,8 +294,7 @@ class _Read:
 def _agnostic(llm: LLM, prompts: list[Prompt], sampling: Sampling, *, answer: bool, conversation: bool) -> list[_Read]:
     """One compression for all questions of a context."""
     session = Session.compress(llm, [prompt.context for prompt in prompts])
-    kept = session.kept()
-    alone = {i: session.rows([i]) for i in range(len(prompts))} if len(prompts) > 1 else {0: session}
+    kept = [session.gold_kept(i, prompt.gold) if prompt.gold else [] for i, prompt in enumerate(prompts)]
     answers: list[list[Answer]] = [[] for _ in prompts]
     if answer:
         for rows in _by_length([len(prompt.asks[0].first) if len(prompt.asks) == 1 else -i - 1
@@ -312,7 +310,7 @@ def _agnostic(llm: LLM, prompts: list[Prompt], sampling: Sampling, *, answer: bo
                 for i, one in zip(rows, given, strict=True):
                     answers[i] = [one]
     return [
-        _Read(answers[i], [alone[i].follow(ask.first, ask.target) for ask in prompt.asks], kept[i],
+        _Read(answers[i], [session.rows([i]).follow(ask.first, ask.target) for ask in prompt.asks], kept[i],
               len(prompt.context), session.units, session.kv_bytes, session.peak_kv_bytes)
         for i, prompt in enumerate(prompts)
     ]  # fmt: skip
@@ -325,8 +323,8 @@ def _aware(llm: LLM, prompts: list[Prompt], sampling: Sampling, *, answer: bool)
     for k in range(len(prompts[0].asks)):
         texts = [np.concatenate((p.context, np.array(p.asks[k].first, dtype=np.int32))) for p in prompts]
         session = Session.read(llm, texts, sampling)
-        kept = session.kept()
         if k == 0:
+            kept = [session.gold_kept(i, prompt.gold) if prompt.gold else [] for i, prompt in enumerate(prompts)]
             reads = [
                 _Read([], [], kept[i], len(texts[i]), session.units, session.kv_bytes, session.peak_kv_bytes)
                 for i in range(len(prompts))

@@ -17,6 +17,7 @@ from torch import Tensor
 from locret.config import Sampling
 from locret.decode import Decoder, Output
 from locret.engine import LLM
+from locret.evaluate.measures import gold_kept
 from locret.prefill import Reader
 
 
@@ -77,10 +78,11 @@ class Session:
         reader = replace(self._reader, cache=self._reader.cache.rows(at))
         return Session(self.llm, reader, self.seconds, self._logits[at])
 
-    def kept(self) -> list[list[Tensor]]:
-        """Per row and budgeted layer: original positions of the kept units, int64 [Hkv, S], on the CPU."""
-        layers = [layer.units().position.cpu() for layer in self._reader.cache.layers if layer.window is None]
-        return [[layer[row] for layer in layers] for row in range(self._reader.cache.batch)]
+    def gold_kept(self, row: int, gold: Sequence[int]) -> list[list[int]]:
+        """How many of these context tokens a row still holds: per budgeted layer, per KV head."""
+        tokens = torch.tensor(gold, device=self.llm.backbone.device)
+        layers = [layer.units().position[row] for layer in self._reader.cache.layers if layer.window is None]
+        return torch.stack([gold_kept(positions, tokens) for positions in layers]).tolist()
 
     def ask(self, questions: Sequence[list[int]], sampling: Sampling) -> list[Answer]:
         """Answer one question a row, all of one length, on a copy: the contexts stay as they are."""
@@ -106,8 +108,8 @@ class Session:
 
     @torch.inference_mode()
     def follow(self, question: list[int], text: list[int]) -> Tensor:
-        """Logits that predict every token of `text` behind `question`, [T, V]; for one row, on a copy."""
-        reader = self._reader.copy()
+        """Logits that predict every token of `text` behind `question`, [T, V]; for one row. The session is spent."""
+        reader = self._reader
         device = self.llm.backbone.device
         logits = self._logits
         if question:
