@@ -139,6 +139,24 @@ def test_heat_shades_by_value_and_leaves_gaps() -> None:
     assert 'class="number' not in large, "no numbers where they would not fit"
 
 
+@pytest.mark.parametrize("lengths", [(4096,), (0,)], ids=["generated", "public"])
+def test_a_single_variant_without_full_cache_gold_or_depth(tmp_path: Path, lengths: tuple[int, ...]) -> None:
+    """Nothing to compare with, nothing to draw but one point: the page leaves out what it does not know."""
+    results = json.loads((write_results(tmp_path, samples=3, lengths=(4096,)) / "results.json").read_text())
+    [cell] = [c for c in results["cells"] if (c["task"], c["method"], c["budget"]) == ("vt", "recency", "5%")]
+    for name in ("retention", "retention_map", "against_full", "against_full_interval", "length_shift", "depths"):
+        cell.pop(name, None)
+    cell.update(kl=None, delta=None, agreement=None, length=lengths[0])
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "results.json").write_text(json.dumps({**results, "cells": [cell]}))
+    page = write_report([bare], bare).read_text()
+    assert "Where the needle lies" not in page
+    assert "Which layers and heads" not in page
+    assert f"{cell['score']:.1f}<small>" in page
+    assert "None" not in page.partition("How these numbers were made")[0]
+
+
 def test_nothing_to_report_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(ConfigError, match="no results file"):
