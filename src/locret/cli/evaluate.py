@@ -192,17 +192,27 @@ def _plain_cells(results: Results) -> list[dict[str, Any]]:
 
 
 def _show(results: Results) -> None:
-    mode = "query-aware" if results["grid"]["query_aware"] else "query-agnostic"
-    rows = [
-        (cell["task"], str(cell["length"] or "-"), " ".join(map(str, filter(None, (cell["method"], cell["budget"])))),
-         f"{cell['score']:.1f} [{cell['interval'][0]:.0f}, {cell['interval'][1]:.0f}]",
-         f"{cell['ceiling']:.0f}" if "ceiling" in cell else "", f"{100 * cell['retention']:.0f} %"
-         if "retention" in cell else "", bytes_text(cell["kv_bytes"]), str(cell["n"]))
-        for cell in results["cells"]
-    ]  # fmt: skip
-    columns = ("task", "length", "method", "score [95 %]", "max", "gold", "KV cache", "n")
-    table(columns, rows, title=f"{mode}, {results['grid']['mode']} tasks")
+    """A table a length."""
+    grid = results["grid"]
+    mode = f"{'query-aware' if grid['query_aware'] else 'query-agnostic'}, {grid['mode']}"
+    for length in dict.fromkeys(cell["length"] for cell in results["cells"]):
+        cells = [cell for cell in results["cells"] if cell["length"] == length]
+        title = f"{f'{length:,} tokens' if length else 'public sets'}, {mode}, n {_span([cell['n'] for cell in cells])}"
+        table(("task", "method", "score", "95 %", "max", "gold", "KV cache"), map(_show_cell, cells), title=title)
     say("max: what a method that has not seen the question can expect; gold: share of the facts' units that were kept")
+
+
+def _show_cell(cell: dict[str, Any]) -> tuple[str, ...]:
+    low, high = cell["interval"]
+    return (
+        cell["task"], " ".join(map(str, filter(None, (cell["method"], cell["budget"])))), f"{cell['score']:.1f}",
+        f"{low:.0f}-{high:.0f}", f"{cell['ceiling']:.0f}" if "ceiling" in cell else "",
+        f"{100 * cell['retention']:.0f} %" if "retention" in cell else "", bytes_text(cell["kv_bytes"]),
+    )  # fmt: skip
+
+
+def _span(counts: Sequence[int]) -> str:
+    return str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
 
 
 def _report(folders: Sequence[Path], destination: Path, output: OutputOptions) -> None:

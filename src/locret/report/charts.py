@@ -63,7 +63,7 @@ def plot(
     if level is not None:
         parts.append(f'<line class="level" x1="{_LEFT}" x2="{_W - _RIGHT}" y1="{at_y(level):.1f}" '
                      f'y2="{at_y(level):.1f}"/>')  # fmt: skip
-        parts.append(f'<text class="tick" x="{_LEFT + 4}" y="{max(at_y(level) - 4, 10):.1f}">'
+        parts.append(f'<text class="tick" text-anchor="middle" x="{middle}" y="{max(at_y(level) - 4, 10):.1f}">'
                      f"{escape(level_text)}</text>")  # fmt: skip
     for one in series:
         points = sorted(one.points, key=lambda p: p.x)
