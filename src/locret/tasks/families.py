@@ -31,6 +31,12 @@ _LIST_OF = {
     "dish": "dishes",
     "language": "languages",
     "word": "nouns",
+    "tree": "trees",
+    "tool": "tools",
+    "sport": "sports",
+    "garment": "garments",
+    "vehicle": "vehicles",
+    "drink": "drinks",
 }
 
 
