@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+PATIENCE = 120  # seconds without an answer of any worker
+
 MakeExample = Callable[[random.Random, int, int], tuple[np.ndarray, np.ndarray]]
 
 
@@ -76,6 +78,7 @@ class Feed:
         self.num_orders = 0
         self.started: set[int] = set()
         self.wait_seconds = 0.0
+        self.silent = 0  # seconds that no worker has answered
         self.workers = [context.Process(target=self._work, daemon=True) for _ in range(num_workers)]
         for worker in self.workers:
             worker.start()
@@ -123,7 +126,13 @@ class Feed:
     def _receive(self) -> None:
         try:
             kind, key, value = self.done.get(timeout=10)
+            self.silent = 0
         except queue.Empty:
+            self.silent += 10
+            if self.silent >= PATIENCE:
+                raise RuntimeError(
+                    f"no data worker has answered for {self.silent} s; start again with --resume"
+                ) from None
             dead = [worker for worker in self.workers if not worker.is_alive()]
             if dead:
                 raise RuntimeError(f"{len(dead)} data workers died (exit code {dead[0].exitcode})") from None

@@ -254,8 +254,8 @@ def train(
              evaluate: end with the full table, if the run came to its end.
     Raises:  NumericsError: the loss is NaN or infinite (the checkpoint is from before).
     """
-    log, checkpoint = Log(work / "metrics.jsonl"), work / "checkpoint.pt"
     stop, team = stop or Stop(), Team.from_environment()
+    log, checkpoint = Log(work / "metrics.jsonl", team.leads), work / "checkpoint.pt"
     recipe.check_team(team.size)
     shapes = [Shape(stage.rows // team.size, stage.length) for stage in recipe.stages]
     feed = make_feed(recipe, source, shapes, team.rank)
@@ -438,10 +438,10 @@ def main() -> None:
         return
 
     recipe = load_recipe(args.recipe, args.set)
-    log = Log(args.work / "metrics.jsonl")
+    team = Team.from_environment()
+    log = Log(args.work / "metrics.jsonl", team.leads)
     source = Source.load(args.text, args.tokenizer, args.work / "tokens", [stage.mixture for stage in recipe.stages])
     log.say(f"corpus: {source.num_tokens / 1e6:.1f} M tokens")
-    team = Team.from_environment()
     device = team.device(args.device)
     if args.verb == "evaluate":
         feed = make_feed(recipe, source, [])

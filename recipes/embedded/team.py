@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+PATIENCE = timedelta(seconds=180)  # longer than a validation; a process that is silent for so long hangs
 
 
 @dataclass
@@ -39,8 +42,10 @@ class Team:
         if self.size > 1:
             if device.type == "cuda":
                 torch.cuda.set_device(device)
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-            self._clock = dist.new_group(backend="gloo")  # numbers on the host: nobody waits for a GPU
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+            self._clock = dist.new_group(
+                backend="gloo", timeout=PATIENCE
+            )  # numbers on the host: nobody waits for a GPU
 
     def close(self) -> None:
         if self.size > 1 and dist.is_initialized():
