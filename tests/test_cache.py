@@ -11,7 +11,7 @@ from conftest import build_tiny_model
 from oracles import Meter, llm_of, method_of, reader_of, spy_lengths, tokens
 
 from locret.backbone import Backbone
-from locret.cache import KVCache, Units, unit_bytes
+from locret.cache import NAMES, KVCache, Units, unit_bytes
 from locret.config import CacheConfig
 from locret.errors import NumericsError
 from locret.methods.base import Method
@@ -45,14 +45,14 @@ def new_units(count, start=0, batch=1, heads=2, dim=4, seed=0):
     return Units(
         torch.randn(batch, heads, count, dim, generator=g), torch.randn(batch, heads, count, dim, generator=g),
         torch.randn(batch, heads, count, generator=g), torch.arange(start, start + count).expand(batch, heads, count),
-        torch.rand(batch, heads, count, generator=g) < 0.3,
+        torch.rand(batch, heads, count, generator=g) < 0.3, torch.rand(batch, heads, count, 2, generator=g),
     )  # fmt: skip
 
 
 def small_cache(capacity=10, chunk=6, windows=(None,), **options):
     return KVCache(
         windows=list(windows), batch=options.get("batch", 1), num_kv_heads=2, head_dim=4, capacity=capacity,
-        chunk_size=chunk, dtype=torch.float32, device=torch.device("cpu"), initial=options.get("initial", 0),
+        chunk_size=chunk, dtype=torch.float32, device=torch.device("cpu"), initial=options.get("initial", 0), state=2,
     )  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def test_appended_units_lie_behind_the_held_ones(capacity):
     cache.append(0, first)
     cache.layers[0].settle()
     joined = cache.append(0, second)
-    for name in ("k", "v", "score", "position", "protected"):
+    for name in NAMES:
         assert torch.equal(getattr(joined, name), torch.cat((getattr(first, name), getattr(second, name)), 2))
 
 
@@ -80,7 +80,7 @@ def test_keep_moves_every_field_of_a_unit_together():
     cache.layers[0].keep(keep)
     units = cache.layers[0].units()
     assert len(units) == 6
-    for name in ("k", "v", "score", "position", "protected"):
+    for name in NAMES:
         whole = torch.cat([getattr(p, name) for p in parts], 2)
         for head in range(2):
             assert torch.equal(getattr(units, name)[0, head], whole[0, head, keep[0, head]]), name
@@ -191,7 +191,8 @@ def test_no_layer_ever_holds_more_than_the_budget_and_the_chunk(backbone, monkey
     """After every chunk and every step; while a layer works, at most budget + chunk."""
     length = 101
     with torch.inference_mode(), spy_lengths(monkeypatch) as seen:
-        reader = reader_of(backbone, name, length, **options)
+        method = method_of(name, backbone, **(dict(window=1) if name == "snapkv" else {}))
+        reader = reader_of(backbone, method, length, **options)
         reader.read(tokens(length))
         for i in range(25):
             reader.step(torch.tensor([9 + i]))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import build_tiny_model
 from oracles import (
+    joined_of,
     kept,
     method_of,
     naive_head_scores,
@@ -154,7 +155,7 @@ def test_scores_are_one_number_a_unit(exact, name):
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, h, 11, 8, generator=g, dtype=torch.float64) for h in (8, 2, 2))
     keys = torch.randn(2, 2, 30, 8, generator=g, dtype=torch.float64)
-    view = ChunkView(0, q, k, v, 19, 0.35, q, keys, torch.zeros(2, 2, 19))
+    view = joined_of(ChunkView(0, q, k, v, 19, 0.35), q, keys)
     scores = method.score(view)
     assert scores.shape == (2, 2, 30 if method.rescoring else 11)
     assert scores.dtype == torch.float32
@@ -190,7 +191,7 @@ def chunk_view(t=13, prefix=20, heads=(8, 2), dim=8, batch=2, seed=0, layer=0):
         for h in (heads[0], heads[1], heads[1], heads[0])
     )
     keys = torch.randn(batch, heads[1], prefix + t, dim, generator=g, dtype=torch.float64)
-    return ChunkView(layer, q, k, v, prefix, 0.3, q_rotated, keys, torch.zeros(batch, heads[1], prefix))
+    return joined_of(ChunkView(layer, q, k, v, prefix, 0.3), q_rotated, keys)
 
 
 def test_locret_scores_are_the_heads_read_naively(exact):
@@ -259,10 +260,10 @@ def test_snapkv_votes_are_those_of_plain_loops(t, prefix, window, kernel):
             votes = [0.0] * s
             for g in range(group):
                 for i in range(t - w, t):
-                    q = view.q_rotated[b, head * group + g, i].tolist()
+                    q = view.all.attention.q[b, head * group + g, i].tolist()
                     seen = prefix + i + 1
                     logits = [
-                        0.3 * sum(x * y for x, y in zip(q, view.keys[b, head, j].tolist(), strict=True))
+                        0.3 * sum(x * y for x, y in zip(q, view.all.keys[b, head, j].tolist(), strict=True))
                         for j in range(seen)
                     ]
                     top = max(logits)
