@@ -21,13 +21,14 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from locret.backbone import AttentionCall, Backbone
-from locret.cache import KVCache, LayerCache, Units
+from locret.cache import KVCache, LayerCache, RaggedLayer, Units
 from locret.config import CacheConfig
 from locret.engine import LLM
 from locret.heads import HeadsConfig, RetainingHeads
 from locret.kernels.attention import reference_attention
 from locret.methods import ChunkView, get_method
 from locret.methods.base import Joined
+from locret.methods.snapkv import SnapKV
 from locret.observe import AttentionProbe
 from locret.prefill import Reader
 
@@ -56,7 +57,11 @@ def random_heads(backbone: Backbone, *, seed: int = 0) -> RetainingHeads:
 
 
 # windows that fit the small chunks of the tests
-SMALL: dict[str, dict[str, Any]] = {"snapkv": dict(window=8)}
+SMALL: dict[str, dict[str, Any]] = {
+    "snapkv": dict(window=8), "pyramidkv": dict(base=SnapKV(window=8), beta=4), "adakv": dict(base=SnapKV(window=8)),
+    "csp": dict(window=8), "lagkv": dict(lag=4), "expected_attention": dict(num_future=16), "corm": dict(window=24),
+    "nacl": dict(proxy_share=0.1),
+}  # fmt: skip
 
 
 def method_of(name: str, backbone: Backbone, **options: Any):
@@ -314,7 +319,7 @@ class Lengths:
 def spy_lengths(monkeypatch: Any):
     """Every length that any layer without a window ever has."""
     seen = Lengths()
-    append, keep, settle = KVCache.append, LayerCache.keep, LayerCache.settle
+    append, keep, settle, store = KVCache.append, LayerCache.keep, LayerCache.settle, RaggedLayer._store
 
     def spy_append(self, index, new):
         units = append(self, index, new)
@@ -327,6 +332,10 @@ def spy_lengths(monkeypatch: Any):
         seen.kept.append(indices)
         seen.held.append(self.held)
 
+    def spy_store(self, indices):
+        store(self, indices)
+        seen.held.append(self.held)
+
     def spy_settle(self):
         settle(self)
         if self.window is None:
@@ -336,4 +345,5 @@ def spy_lengths(monkeypatch: Any):
         patch.setattr(KVCache, "append", spy_append)
         patch.setattr(LayerCache, "keep", spy_keep)
         patch.setattr(LayerCache, "settle", spy_settle)
+        patch.setattr(RaggedLayer, "_store", spy_store)
         yield seen

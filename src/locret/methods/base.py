@@ -214,3 +214,27 @@ def window_fits(method: str, window: int, plan: CachePlan) -> None:
     if window > plan.chunk_size:
         raise ConfigError(f"{method}: window {window} is larger than the chunk ({plan.chunk_size} tokens); "
                           f"allowed are 1 to {plan.chunk_size}, or raise chunk_size")  # fmt: skip
+
+
+class Wrapped(Method):
+    """A method that scores as another one does and has a slot of its own besides.
+
+    Its dataclass has a field `base`: a method's name, or a `Method` with options (and heads).
+    """
+
+    base: str | Method
+    scores: Method  # the one that does
+
+    def __post_init__(self) -> None:
+        scores = get_method(self.base) if isinstance(self.base, str) else self.base
+        if not scores.evicts or scores.ragged or scores.wants_surprisal or isinstance(scores, Wrapped):
+            raise ConfigError(f"{self.name}: base {scores.name!r} does not score units by itself")
+        object.__setattr__(self, "scores", scores)
+        for slot in ("rescoring", "state", "wants_hidden", "query_aware", "trained"):
+            object.__setattr__(self, slot, getattr(scores, slot))
+
+    def check(self, plan: CachePlan) -> None:
+        self.scores.check(plan)
+
+    def score(self, view: ChunkView) -> Tensor:
+        return self.scores.score(view)
