@@ -216,7 +216,8 @@ class MaskedReference:
             for head in range(self.hkv):
                 self._evict(i, head, newest, target)
         self.n += t
-        return self.model.lm_head(base.norm(hidden))[0, -1]
+        self.logits = self.model.lm_head(base.norm(hidden))[0]
+        return self.logits[-1]
 
     def _attend(self, i: int, q: Tensor, scale: float) -> Tensor:
         t, total = q.shape[2], self.k[i].shape[2]

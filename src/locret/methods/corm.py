@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from locret.methods.base import ChunkView, Method, positive, register
+from locret.select import ranks, select
 
 _NEVER = 2.0**23  # queries ago, exact in fp32
 
@@ -46,3 +47,6 @@ class CORM(Method):
             since = (count - 1.0 - row)[:, None].expand_as(flagged).masked_fill(~flagged, _NEVER)
             age = torch.minimum(age, since.amin(-2).to(age.dtype))
         return -age.clamp(max=_NEVER)
+
+    def select(self, scores: Tensor, budget: int, pinned: Tensor, view: ChunkView) -> Tensor:
+        return select(-ranks(scores).float(), budget, pinned)  # ages tie: of equal ones the older stay

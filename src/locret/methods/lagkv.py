@@ -9,6 +9,7 @@ from torch import Tensor
 from locret.config import CachePlan
 from locret.errors import ConfigError
 from locret.methods.base import ChunkView, Method, positive, register
+from locret.select import ranks, select
 
 
 @register("lagkv")
@@ -52,6 +53,9 @@ class LagKV(Method):
         order = deviation.argsort(-1).argsort(-1).float() / self.lag  # [B, Hkv, pieces, lag]
         scores[..., low : low + pieces * self.lag] = order.flatten(2)
         return scores
+
+    def select(self, scores: Tensor, budget: int, pinned: Tensor, view: ChunkView) -> Tensor:
+        return select(-ranks(scores).float(), budget, pinned)  # ranks within pieces tie: of equal ones the older stay
 
     def _deviation(self, x: Tensor) -> Tensor:
         """[B, Hkv, (pieces + 1) * lag, D] -> [B, Hkv, pieces, lag], summing to 1 in each piece."""
