@@ -53,6 +53,7 @@ def small_cache(capacity=10, chunk=6, windows=(None,), **options):
     return KVCache(
         windows=list(windows), batch=options.get("batch", 1), num_kv_heads=2, head_dim=4, capacity=capacity,
         chunk_size=chunk, dtype=torch.float32, device=torch.device("cpu"), initial=options.get("initial", 0), state=2,
+        ragged=options.get("ragged", False),
     )  # fmt: skip
 
 
@@ -135,6 +136,72 @@ def test_rows_takes_some_sequences():
     assert torch.equal(some.layers[0].units().k, units.k[[2, 0]])
     some.append(0, new_units(6, start=6, batch=2))  # its workspace has the right number of rows
     some.layers[0].keep(torch.arange(10).expand(2, 2, 10))
+
+
+# ---------------------------------------------------------------------- layers and heads with budgets of their own
+
+
+def test_layers_of_different_capacity_take_different_bytes():
+    cache = small_cache((10, 4, 7), windows=(None, None, 5))
+    assert [len(layer.slab) for layer in cache.layers] == [10, 4, 4]
+    assert cache.nbytes == 2 * 18 * unit_bytes(4, torch.float32, 2)
+    assert len(cache.workspace) == 10 + 6
+
+
+def ragged(batch=2):
+    """Two heads, 6 units a head on average; after the first eviction heads hold 5 + 3 and 2 + 6."""
+    cache = small_cache(6, batch=batch, ragged=True)
+    units = new_units(6, batch=batch)
+    cache.append(0, units)
+    cache.layers[0].settle()
+    more = new_units(4, start=6, batch=batch)
+    cache.append(0, more)
+    keep = [[0, 1, 4, 8, 9, 11, 13, 15], [3, 7, 10, 12, 13, 14, 18, 19]][:batch]  # head * 10 + unit
+    cache.layers[0].keep(torch.tensor(keep))
+    whole = [torch.cat(pair, 2) for pair in zip(units, more, strict=True)]
+    return cache, whole, [[[0, 1, 4, 8, 9], [1, 3, 5]], [[3, 7], [0, 2, 3, 4, 8, 9]]]
+
+
+def check_ragged(layer, whole, want):
+    units = layer.units()
+    for row, heads in enumerate(want):
+        for head, at in enumerate(heads):
+            for got, all_units in zip(units, whole, strict=True):
+                assert torch.equal(got[row, head, len(units) - len(at) :], all_units[row, head, at])
+            assert layer.positions()[row, head].tolist() == [-1] * (len(units) - len(at)) + at
+
+
+def test_ragged_heads_keep_every_field_of_their_own_units():
+    cache, whole, want = ragged()
+    layer = cache.layers[0]
+    assert (layer.held, layer.width, layer.lengths.tolist()) == (4, 6, [[5, 3], [2, 6]])
+    check_ragged(layer, whole, want)
+    new = new_units(2, start=10, batch=2)
+    joined = cache.append(0, new)
+    assert len(joined) == 8
+    assert layer.padding.tolist() == [[1, 3], [4, 0]]
+    layer.settle()
+    whole = [torch.cat(pair, 2) for pair in zip(whole, new, strict=True)]
+    check_ragged(layer, whole, [[[*at, 10, 11] for at in heads] for heads in want])
+    assert layer.held == 6
+
+
+def test_a_ragged_layer_takes_the_bytes_of_an_even_one():
+    cache, _, _ = ragged()
+    assert cache.nbytes == small_cache(6, batch=2).nbytes + 4 * 8  # four lengths
+    assert cache.workspace is None
+
+
+def test_ragged_layers_are_copied_saved_and_split_into_rows():
+    cache, whole, want = ragged()
+    twin, rows, again = cache.copy(), cache.rows(torch.tensor([1])), small_cache(6, batch=2, ragged=True)
+    again.layers[0].restore(cache.layers[0].tensors(), evicted=True)
+    cache.append(0, new_units(2, start=10, batch=2))
+    cache.layers[0].keep(torch.tensor([[0, 12], [5, 15]]))
+    check_ragged(twin.layers[0], whole, want)
+    check_ragged(again.layers[0], whole, want)
+    check_ragged(rows.layers[0], [tensor[1:] for tensor in whole], want[1:])
+    assert (again.layers[0].held, again.layers[0].evicted) == (4, True)
 
 
 # ---------------------------------------------------------------------- what stays are rows of the originals
