@@ -344,6 +344,11 @@ class Chain:
         self.known.add(unit)
         self._offer(0, unit, size, score)
 
+    def shrink(self, size: int, score: Callable[[int], float]) -> None:
+        for level in reversed(range(len(self.windows))):
+            while len(self.windows[level]) > size:
+                self._offer(level + 1, self.windows[level].pop(0), size, score)
+
     def _offer(self, level: int, unit: int, size: int, score: Callable[[int], float]) -> None:
         if level == len(self.windows):
             return

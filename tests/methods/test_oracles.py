@@ -238,15 +238,18 @@ def test_cascading_equals_the_reference(exact):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
-@pytest.mark.parametrize("size", [1, 2, 7])
+@pytest.mark.parametrize("sizes", [[1], [2], [7], [7, 4, 6, 3]], ids=str)
 @pytest.mark.parametrize("chunk", [1, 3, 64])
-def test_a_chunk_pushed_down_the_windows_is_the_units_pushed_one_by_one(count, size, chunk):
-    g = torch.Generator().manual_seed(count + 10 * size)
-    scores = torch.rand(200, generator=g)
+def test_a_chunk_pushed_down_the_windows_is_the_units_pushed_one_by_one(count, sizes, chunk):
+    """Windows may grow and shrink between chunks, as the budget does between prefill and decoding."""
+    g = torch.Generator().manual_seed(count + 10 * sizes[0])
+    scores = torch.rand(300, generator=g)
     chain = Chain(count)
     window, opened, alive = torch.zeros(0), torch.zeros(0), []
-    for start in range(0, 200, chunk):
-        fresh = list(range(start, min(start + chunk, 200)))
+    for turn, start in enumerate(range(0, 300, chunk)):
+        size = sizes[turn // 7 % len(sizes)]
+        fresh = list(range(start, min(start + chunk, 300)))
+        chain.shrink(size, lambda p: scores[p].item())
         for p in fresh:
             chain.insert(p, size, lambda p: scores[p].item())
         alive += fresh
@@ -255,9 +258,8 @@ def test_a_chunk_pushed_down_the_windows_is_the_units_pushed_one_by_one(count, s
                        torch.tensor([[size]]), count)  # fmt: skip
         stay = (a[0] < count).nonzero()[:, 0]
         alive, window, opened = [alive[j] for j in stay], a[0, stay], b[0, stay]
-        assert [
-            [p for p, w in zip(alive, window, strict=True) if w == level] for level in range(count)
-        ] == chain.windows
+        levels = [[p for p, w in zip(alive, window, strict=True) if w == level] for level in range(count)]
+        assert levels == chain.windows
 
 
 def test_one_window_is_streamingllm(exact):

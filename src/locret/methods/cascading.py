@@ -86,6 +86,7 @@ def cascade(
         room = (size - below.sum(-1, keepdim=True)).clamp(min=0)
         single = over & (over.cumsum(-1) <= room)
         rest = over & ~single
+        opened = opened.masked_fill(below & single.any(-1, keepdim=True), 0)  # no longer the newest of its window
         line = rest | (below & (opened > 0) & (room == 0))  # the open one first: its duel is with the first offer
         turn = line.cumsum(-1) - 1
         pair = torch.div(turn, 2, rounding_mode="floor").clamp(min=0)
