@@ -26,6 +26,7 @@ from locret.methods.base import (
     ChunkView,
     Method,
     MethodInfo,
+    find_method,
     get_method,
     list_methods,
     method_options,
@@ -34,7 +35,8 @@ from locret.methods.base import (
 )  # fmt: skip
 
 __all__ = [
-    "ChunkView", "Method", "MethodInfo", "adakv", "cascading", "corm", "csp", "expected_attention", "full",
-    "get_method", "h2o", "keydiff", "knorm", "lagkv", "list_methods", "locret", "method_options", "method_slots",
-    "nacl", "prefixkv", "pyramidkv", "random", "recency", "register", "sirllm", "snapkv", "streamingllm", "tova",
+    "ChunkView", "Method", "MethodInfo", "adakv", "cascading", "corm", "csp", "expected_attention", "find_method",
+    "full", "get_method", "h2o", "keydiff", "knorm", "lagkv", "list_methods", "locret", "method_options",
+    "method_slots", "nacl", "prefixkv", "pyramidkv", "random", "recency", "register",
+    "sirllm", "snapkv", "streamingllm", "tova",
 ]  # fmt: skip
