@@ -91,7 +91,7 @@ def test_the_example_method_in_the_docs_is_the_code() -> None:
 def test_the_example_method_runs_as_it_stands_on_the_page() -> None:
     """Registered under another name it goes through a prefill and keeps what the shipped one keeps."""
     (example,) = blocks(ROOT / "docs" / "add-a-method.md", "python")
-    exec(compile(example.replace('"knorm"', '"knorm-of-the-page"'), "add-a-method.md", "exec"), {"__name__": "page"})
+    exec(compile(example.replace('"knorm"', '"knorm-of-the-page"'), "add-a-method.md", "exec"), {"__name__": __name__})
     ids = [8 + (7 * i) % 250 for i in range(100)]
     try:
         mine, shipped = (

@@ -293,7 +293,7 @@ def test_random_keeps_old_and_new_units_equally_often(exact):
     (13, 20, 5, 7), (13, 0, 5, 3), (3, 20, 32, 5), (1, 4, 4, 1), (40, 9, 8, 7), (1, 0, 4, 7),
 ])  # fmt: skip
 def test_snapkv_votes_are_those_of_plain_loops(t, prefix, window, kernel):
-    """Softmax over what each of the last queries sees, summed over them, mean over the group, max over neighbours."""
+    """Softmax over what the last queries see, summed over them, mean over the group, max over old neighbours."""
     view = chunk_view(t=t, prefix=prefix)
     got = get_method("snapkv", window=window, kernel_size=kernel).score(view)
     w, s, group = min(window, t), prefix + t, 4
@@ -313,7 +313,7 @@ def test_snapkv_votes_are_those_of_plain_loops(t, prefix, window, kernel):
                     for j in range(seen):
                         votes[j] += math.exp(logits[j] - top) / total / group
             for j in range(s):
-                near = votes[max(0, j - kernel // 2) : j + kernel // 2 + 1]
+                near = votes[max(0, j - kernel // 2) : min(s - w, j + kernel // 2 + 1)]
                 want = float(w) if j >= s - w else max(near)
                 assert got[b, head, j].item() == pytest.approx(want, rel=1e-5, abs=1e-7)
 
