@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import build_tiny_model
 from oracles import (
+    SMALL,
     joined_of,
     kept,
     llm_of,
@@ -25,6 +26,7 @@ from oracles import (
     units_of,
 )  # fmt: skip
 
+from locret.attached import attach
 from locret.backbone import Backbone
 from locret.config import CacheConfig
 from locret.context import Context
@@ -185,6 +187,21 @@ def test_state_and_scores_move_with_their_units_over_forks_and_files(name, tmp_p
         if name != "sirllm" or i == 0:  # a file holds no logits: the first token read next is scored without them
             assert kept(other._reader) == kept(context._reader)
     assert context.chat(more[:9], max_new_tokens=12).tokens == others[0].chat(more[:9], max_new_tokens=12).tokens
+
+
+@pytest.mark.parametrize("name", EVICTING)
+def test_plain_generate_inside_attach_gives_what_the_engine_gives(name):
+    """Rows of two lengths, padded on the left; the budget is full long before the answer ends."""
+    llm = llm_of(method=name, budget=40, chunk_size=16)
+    rows = [tokens(60)[0].tolist(), tokens(47, seed=1)[0].tolist()]
+    ids = torch.tensor([rows[0], [0] * 13 + rows[1]])
+    heads = random_heads(llm.backbone) if name == "locret" else None
+    chosen = SMALL.get(name, {})
+    with attach(llm.backbone.model, heads=heads, method=name, method_options=chosen, budget=40, chunk_size=16) as model:
+        got = model.generate(ids, attention_mask=(ids > 0).long(), max_new_tokens=10, do_sample=False)
+    for row, prompt in enumerate(rows):
+        want = llm.generate(prompt, max_new_tokens=10).tokens
+        assert got[row, 60 : 60 + len(want)].tolist() == want
 
 
 @pytest.mark.parametrize("name", EVICTING)
