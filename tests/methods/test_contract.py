@@ -190,6 +190,15 @@ def test_state_and_scores_move_with_their_units_over_forks_and_files(name, tmp_p
 
 
 @pytest.mark.parametrize("name", EVICTING)
+def test_a_budget_in_bytes_is_what_is_allocated_at_most(exact, name):
+    """State, lengths of ragged heads and room for a chunk included."""
+    reader = reader_of(exact, method_of(name, exact), 10_000, budget="200KB", chunk_size=16)
+    state = 4 * len(reader.method.state)
+    layer_unit = 2 * (2 * 8 * 8 + 13 + state)  # two heads of one layer, float64
+    assert 200_000 - 3 * layer_unit - 32 < reader.cache.nbytes <= 200_000
+
+
+@pytest.mark.parametrize("name", EVICTING)
 def test_plain_generate_inside_attach_gives_what_the_engine_gives(name):
     """Rows of two lengths, padded on the left; the budget is full long before the answer ends."""
     llm = llm_of(method=name, budget=40, chunk_size=16)
