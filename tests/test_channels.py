@@ -40,6 +40,9 @@ def test_pair_scores_do_not_depend_on_the_rotation():
     one = channel_scores(q, k, paired=True)
     torch.testing.assert_close(channel_scores(rotate(q, 0.7), rotate(k, 0.7), paired=True), one)
     assert torch.equal(one[..., :8], one[..., 8:])
+    for b, head, i in [(0, 0, 0), (1, 1, 5)]:
+        query = sum(q[b, 4 * head : 4 * head + 4, :, j].pow(2).mean() for j in (i, i + 8))
+        assert one[b, head, i].item() == pytest.approx((query * k[b, head][:, [i, i + 8]].pow(2).sum(1).mean()).item())
     assert not torch.allclose(channel_scores(rotate(q, 0.7), rotate(k, 0.7)), channel_scores(q, k))
 
 
