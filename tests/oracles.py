@@ -8,13 +8,16 @@ Hq/Hkv heads, G = Hq // Hkv, D head dim.
 from __future__ import annotations
 
 import math
+import tempfile
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from conftest import build_byte_tokenizer, build_tiny_model
+from peer_files import write_fastkvzip, write_kvzap
 from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,6 +34,8 @@ from locret.prefill import Reader
 # two threads on tensors of a few hundred numbers wait for each other: with both cores busy the tests of the core take
 # minutes instead of seconds
 torch.set_num_threads(1)
+
+PEERS: dict[str, Callable[..., Path]] = {"kvzap": write_kvzap, "fastkvzip": write_fastkvzip}
 
 Score = Callable[[int, Tensor, Tensor, Tensor, int], Tensor]  # layer, q, k, v (before RoPE), start -> [Hkv, T]
 
@@ -53,6 +58,11 @@ def random_heads(backbone: Backbone, *, seed: int = 0) -> RetainingHeads:
 
 
 def method_of(name: str, backbone: Backbone, **options: Any):
+    if name in PEERS:  # their weights come from a file
+        c = backbone.model.config
+        sizes = dict(layers=c.num_hidden_layers, hidden=c.hidden_size, heads=backbone.num_kv_heads)
+        with tempfile.TemporaryDirectory() as folder:
+            return get_method(name, path=str(PEERS[name](Path(folder) / "weights", **sizes)), **options)
     return get_method(name, heads=random_heads(backbone) if name == "locret" else None, **options)
 
 

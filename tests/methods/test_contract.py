@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import build_tiny_model
 from oracles import (
+    PEERS,
     kept,
     method_of,
     naive_head_scores,
@@ -154,7 +155,8 @@ def test_scores_are_one_number_a_unit(exact, name):
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, h, 11, 8, generator=g, dtype=torch.float64) for h in (8, 2, 2))
     keys = torch.randn(2, 2, 30, 8, generator=g, dtype=torch.float64)
-    view = ChunkView(0, q, k, v, 19, 0.35, q, keys, torch.zeros(2, 2, 19))
+    hidden = torch.randn(2, 11, 64, generator=g, dtype=torch.float64)
+    view = ChunkView(0, q, k, v, 19, 0.35, hidden, q, keys, torch.zeros(2, 2, 19))
     scores = method.score(view)
     assert scores.shape == (2, 2, 30 if method.rescoring else 11)
     assert scores.dtype == torch.float32
@@ -166,7 +168,7 @@ def test_the_list_says_what_each_method_is():
         assert info.summary
         assert info.name == info.name.lower()
         assert isinstance(info.query_aware, bool)
-        assert info.trained == (info.name == "locret")
+        assert info.trained == (info.name in {"locret", *PEERS})
         assert info.bounded_prefill == (info.name != "full")
     assert {"full", "knorm", "locret", "random", "recency", "snapkv"} <= set(NAMES)
 
@@ -190,7 +192,7 @@ def chunk_view(t=13, prefix=20, heads=(8, 2), dim=8, batch=2, seed=0, layer=0):
         for h in (heads[0], heads[1], heads[1], heads[0])
     )
     keys = torch.randn(batch, heads[1], prefix + t, dim, generator=g, dtype=torch.float64)
-    return ChunkView(layer, q, k, v, prefix, 0.3, q_rotated, keys, torch.zeros(batch, heads[1], prefix))
+    return ChunkView(layer, q, k, v, prefix, 0.3, None, q_rotated, keys, torch.zeros(batch, heads[1], prefix))
 
 
 def test_locret_scores_are_the_heads_read_naively(exact):
