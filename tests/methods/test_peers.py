@@ -13,7 +13,10 @@ from peer_files import gate_tensors, kvzap_tensors, write_fastkvzip, write_kvzap
 from safetensors.torch import save_file
 
 from locret.backbone import Backbone
-from locret.errors import ConfigError, HeadsError
+from locret.config import CacheConfig
+from locret.context import Context
+from locret.engine import LLM
+from locret.errors import ConfigError, ContextError, HeadsError
 from locret.methods import ChunkView, get_method
 
 
@@ -137,6 +140,18 @@ def test_scores_in_the_cache_are_those_of_what_the_projections_read(tmp_path, na
     assert small.cache.held <= 20
 
 
+def test_a_context_made_with_other_weights_is_refused(tmp_path):
+    """What was kept depends on them: the digest in a saved context covers the scorer's weights."""
+    paths = [write_fastkvzip(tmp_path / "one.pt"), write_fastkvzip(tmp_path / "two.pt", layers=3)]
+    torch.save({"module": [gate_tensors(seed=9), gate_tensors(seed=1)]}, paths[1])
+    llms = [LLM.build(Backbone(build_tiny_model("llama")), method="fastkvzip", method_options={"path": str(path)},
+                      config=CacheConfig(budget=20, chunk_size=16)) for path in paths]  # fmt: skip
+    llms[0].compress(tokens(40)[0].tolist()).save(tmp_path / "context")
+    assert Context.load(tmp_path / "context", llms[0]).seen == 40
+    with pytest.raises(ContextError, match="another model or other heads"):
+        Context.load(tmp_path / "context", llms[1])
+
+
 # ---------------------------------------------------------------------- strict files
 
 
@@ -243,4 +258,4 @@ def test_files_do_what_transformers_wrote(tmp_path):
     folder = write_kvzap(tmp_path, torch_dtype="float32", transformers_version="4.57.0")
     assert json.loads((folder / "config.json").read_text())["model_type"] == "kvzap"
     save_file(kvzap_tensors(2, 64, 2, None), folder / "model.safetensors")
-    assert len(get_method("kvzap", path=str(folder)).scorer.layers) == 2
+    assert len(get_method("kvzap", path=str(folder)).heads.layers) == 2

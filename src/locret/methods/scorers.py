@@ -57,12 +57,12 @@ class FromFile(Method):
     layout: ClassVar[str]  # what `path` must be, in words
 
     path: str
-    scorer: Scorer
+    heads: Scorer  # by this name a saved context knows whose weights it was made with
 
     def __post_init__(self) -> None:
         if not self.path:
             raise ConfigError(f"method {self.name!r} scores with published weights; give path: {self.layout}")
-        object.__setattr__(self, "scorer", self.load(Path(self.path)))  # frozen, and no option
+        object.__setattr__(self, "heads", self.load(Path(self.path)))  # frozen, and no option
 
     @classmethod
     def load(cls, path: Path) -> Scorer:
@@ -71,7 +71,7 @@ class FromFile(Method):
 
     def score(self, view: ChunkView) -> Tensor:
         assert view.hidden is not None, "the seam fills it in for methods that want it"
-        return self.scorer.score(view.layer, view.hidden, view.k.shape[1])
+        return self.heads.score(view.layer, view.hidden, view.k.shape[1])
 
 
 def read_json(path: Path, wanted: str) -> dict[str, Any]:
