@@ -20,22 +20,20 @@ _ELEMENTS = 2**22  # of one block of weights: 16 MiB in fp32
 _ROWS = 256  # tokens whose logits are read in fp32 at once
 
 
-@dataclass(frozen=True)
+@dataclass
 class AttentionProbe:
-    """A second look at the attention that a layer has just computed: same queries, keys, scale, softcap and bias."""
+    """A second look at the attention that a layer has just computed: same queries, keys, scale, softcap and bias.
+
+    Attributes:
+        scratch_bytes: what the largest block so far took, logits and weights; 0: nothing was asked for.
+    """
 
     q: Tensor  # rotated, [B, Hq, C, D]
     keys: Tensor  # rotated, [B, Hkv, S, D]
     scale: float
     softcap: float | None = None
     bias: Tensor | None = None  # added to the logits, [B, Hkv, S]; -inf hides a unit
-
-    @property
-    def scratch_bytes(self) -> int:
-        """Of one block: logits and weights."""
-        b, hq, c, _ = self.q.shape
-        s = self.keys.shape[2]
-        return 2 * 4 * b * hq * s * min(c, self._rows)
+    scratch_bytes: int = 0
 
     def column_sums(self, last: int | None = None, *, decay: float = 1.0, null: bool = False) -> Tensor:
         """Attention that each unit got from the last `last` queries (None: all), summed, fp32 [B, Hq, S].
@@ -104,6 +102,7 @@ class AttentionProbe:
             stop = min(start + self._rows, c)
             rows = self.q[:, :, start:stop].to(wide).unflatten(1, (hkv, -1))  # [B, Hkv, G, rows, D]
             logits = (rows @ keys).mul_(self.scale)
+            self.scratch_bytes = max(self.scratch_bytes, 2 * logits.nbytes)
             if self.softcap is not None:
                 logits = self.softcap * torch.tanh(logits / self.softcap)
             if self.bias is not None:

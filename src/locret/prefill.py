@@ -68,6 +68,8 @@ class Reader:
         fixed = sum((w - 1) * each for w in windows if w is not None)
         if method.wants_surprisal:
             fixed += windows.count(None) * each * (config.chunk_size or 3072)
+        if method.ragged:
+            fixed += windows.count(None) * backbone.num_kv_heads * 8  # their lengths
         plan = config.resolve(prompt_len=prompt_len, unit_bytes=max(1, windows.count(None)) * each, fixed_bytes=fixed,
                               num_protected=num_protected)  # fmt: skip
         if not method.evicts:

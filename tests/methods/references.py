@@ -157,16 +157,16 @@ def last_query(heads: list[Seen]) -> list[Tensor]:
 
 
 def window_votes(window: int, kernel: int) -> Rule:
-    """SnapKV with average pooling; zeros beyond the edges count."""
+    """SnapKV with average pooling over what lies before the window; zeros beyond the edges count."""
 
     def rule(heads: list[Seen]) -> list[Tensor]:
         out = []
         for head in heads:
             w = min(window, head.weights.shape[1])
-            votes = head.weights[:, -w:].sum(1).mean(0).tolist()
+            votes = head.weights[:, -w:].sum(1).mean(0).tolist()[:-w]
             half = kernel // 2
             pooled = [sum(votes[max(0, j - half) : j + half + 1]) / kernel for j in range(len(votes))]
-            out.append(torch.tensor([*pooled[:-w], *[float(w)] * w]))
+            out.append(torch.tensor([*pooled, *[float(w)] * w]))
         return out
 
     return rule

@@ -21,11 +21,13 @@ from oracles import (
     random_heads,
     reader_of,
     relative,
+    small_options,
     spy_lengths,
     tokens,
     units_of,
 )  # fmt: skip
 
+from locret.attached import attach
 from locret.backbone import Backbone
 from locret.config import CacheConfig
 from locret.context import Context
@@ -189,6 +191,30 @@ def test_state_and_scores_move_with_their_units_over_forks_and_files(name, tmp_p
 
 
 @pytest.mark.parametrize("name", EVICTING)
+def test_a_budget_in_bytes_is_what_is_allocated_at_most(exact, name):
+    """State, lengths of ragged heads and room for a chunk included."""
+    reader = reader_of(exact, method_of(name, exact), 10_000, budget="200KB", chunk_size=16)
+    state = 4 * len(reader.method.state)
+    layer_unit = 2 * (2 * 8 * 8 + 13 + state)  # two heads of one layer, float64
+    assert 200_000 - 3 * layer_unit - 32 < reader.cache.nbytes <= 200_000
+
+
+@pytest.mark.parametrize("name", EVICTING)
+def test_plain_generate_inside_attach_gives_what_the_engine_gives(name):
+    """Rows of two lengths, padded on the left; the budget is full long before the answer ends."""
+    llm = llm_of(method=name, budget=40, chunk_size=16)
+    rows = [tokens(60)[0].tolist(), tokens(47, seed=1)[0].tolist()]
+    ids = torch.tensor([rows[0], [0] * 13 + rows[1]])
+    heads = random_heads(llm.backbone) if name == "locret" else None
+    chosen = small_options(name, llm.backbone)
+    with attach(llm.backbone.model, heads=heads, method=name, method_options=chosen, budget=40, chunk_size=16) as model:
+        got = model.generate(ids, attention_mask=(ids > 0).long(), max_new_tokens=10, do_sample=False)
+    for row, prompt in enumerate(rows):
+        want = llm.generate(prompt, max_new_tokens=10).tokens
+        assert got[row, 60 : 60 + len(want)].tolist() == want
+
+
+@pytest.mark.parametrize("name", EVICTING)
 def test_a_copy_and_some_rows_go_on_as_the_rows_alone(exact, name):
     ids = tokens(N + 20, batch=3)
     _, together = run(exact, name, ids[:, :N], budget=40, chunk_size=16)
@@ -295,7 +321,7 @@ def test_random_keeps_old_and_new_units_equally_often(exact):
     (13, 20, 5, 7), (13, 0, 5, 3), (3, 20, 32, 5), (1, 4, 4, 1), (40, 9, 8, 7), (1, 0, 4, 7),
 ])  # fmt: skip
 def test_snapkv_votes_are_those_of_plain_loops(t, prefix, window, kernel):
-    """Softmax over what each of the last queries sees, summed over them, mean over the group, max over neighbours."""
+    """Softmax over what the last queries see, summed over them, mean over the group, max over old neighbours."""
     view = chunk_view(t=t, prefix=prefix)
     got = get_method("snapkv", window=window, kernel_size=kernel).score(view)
     w, s, group = min(window, t), prefix + t, 4
@@ -315,7 +341,7 @@ def test_snapkv_votes_are_those_of_plain_loops(t, prefix, window, kernel):
                     for j in range(seen):
                         votes[j] += math.exp(logits[j] - top) / total / group
             for j in range(s):
-                near = votes[max(0, j - kernel // 2) : j + kernel // 2 + 1]
+                near = votes[max(0, j - kernel // 2) : min(s - w, j + kernel // 2 + 1)]
                 want = float(w) if j >= s - w else max(near)
                 assert got[b, head, j].item() == pytest.approx(want, rel=1e-5, abs=1e-7)
 

@@ -28,6 +28,7 @@ from locret.methods.base import (
     ChunkView,
     Method,
     MethodInfo,
+    find_method,
     get_method,
     list_methods,
     method_options,
@@ -37,7 +38,7 @@ from locret.methods.base import (
 
 __all__ = [
     "ChunkView", "Method", "MethodInfo", "adakv", "cascading", "corm", "csp", "expected_attention", "fastkvzip",
-    "full", "get_method", "h2o", "keydiff", "knorm", "kvzap", "lagkv", "list_methods", "locret", "method_options",
-    "method_slots", "nacl", "prefixkv", "pyramidkv", "random", "recency", "register", "sirllm", "snapkv",
-    "streamingllm", "tova",
+    "find_method", "full", "get_method", "h2o", "keydiff", "knorm", "kvzap", "lagkv", "list_methods", "locret",
+    "method_options", "method_slots", "nacl", "prefixkv", "pyramidkv", "random", "recency", "register", "sirllm",
+    "snapkv", "streamingllm", "tova",
 ]  # fmt: skip

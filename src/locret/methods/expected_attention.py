@@ -20,7 +20,7 @@ class ExpectedAttention(Method):
 
     paper: ClassVar[str] = "arXiv:2510.00636"
     summary: ClassVar[str] = "expected attention of future queries, from mean and covariance of the chunk's"
-    variant: ClassVar[str] = "published: queries of the whole prompt; here of each chunk"
+    variant: ClassVar[str] = "published: queries of the whole prompt; here of each chunk (decoding: of one query)"
     rescoring: ClassVar[bool] = True
 
     num_future: int = 512

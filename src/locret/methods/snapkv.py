@@ -19,7 +19,8 @@ from locret.methods.base import ChunkView, Method, one_of, positive, register, w
 @register("snapkv")
 @dataclass(frozen=True)
 class SnapKV(Method):
-    """Attention of the chunk's last `window` queries: summed over them, mean over the group, pooled over units.
+    """Attention of the chunk's last `window` queries: summed over them, mean over the group, pooled over
+    the units before the window.
 
     `pooling` "avg" counts zeros beyond the edges, as the published code does.
     """
@@ -47,7 +48,9 @@ class SnapKV(Method):
         probe = view.all.attention
         w = min(self.window, view.q.shape[2])  # a decode step has one query
         votes = probe.per_kv_head(probe.column_sums(w))  # [B, Hkv, S]
+        before = votes.shape[-1] - w
         pool = functional.max_pool1d if self.pooling == "max" else functional.avg_pool1d
-        pooled = pool(votes, self.kernel_size, stride=1, padding=self.kernel_size // 2)
-        pooled[..., -w:] = float(w)  # the window itself stays: no sum of w softmax rows exceeds w
-        return pooled
+        if before:
+            votes[..., :before] = pool(votes[..., :before], self.kernel_size, stride=1, padding=self.kernel_size // 2)
+        votes[..., before:] = float(w)  # the window itself stays: no sum of w softmax rows exceeds w
+        return votes
