@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import tempfile
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from conftest import build_byte_tokenizer, build_tiny_model
+from peer_files import write_fastkvzip, write_kvzap
 from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,6 +38,8 @@ from locret.prefill import Reader
 # two threads on tensors of a few hundred numbers wait for each other: with both cores busy the tests of the core take
 # minutes instead of seconds
 torch.set_num_threads(1)
+
+PEERS: dict[str, Callable[..., Path]] = {"kvzap": write_kvzap, "fastkvzip": write_fastkvzip}
 
 Score = Callable[[int, Tensor, Tensor, Tensor, int], Tensor]  # layer, q, k, v (before RoPE), start -> [Hkv, T]
 
@@ -64,9 +69,21 @@ SMALL: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+_WEIGHTS = tempfile.TemporaryDirectory()
+
+
+def small_options(name: str, backbone: Backbone) -> dict[str, Any]:
+    """Options that fit tiny models and small chunks; methods that score with published weights get a file of them."""
+    if name not in PEERS:
+        return SMALL.get(name, {})
+    c = backbone.model.config
+    sizes = dict(layers=c.num_hidden_layers, hidden=c.hidden_size, heads=backbone.num_kv_heads)
+    return dict(path=str(PEERS[name](Path(_WEIGHTS.name) / name, **sizes)))
+
+
 def method_of(name: str, backbone: Backbone, **options: Any):
     heads = random_heads(backbone) if name == "locret" else None
-    return get_method(name, heads=heads, **(SMALL.get(name, {}) | options))
+    return get_method(name, heads=heads, **(small_options(name, backbone) | options))
 
 
 def joined_of(view: ChunkView, q: Tensor, keys: Tensor, *, units: Units | None = None, ahead: Any = None) -> ChunkView:
@@ -95,7 +112,7 @@ def llm_of(model: Any = "llama", method: str = "knorm", *, tokenizer: Any = "byt
         model = build_tiny_model(model)
     backbone = Backbone(model, build_byte_tokenizer() if tokenizer == "bytes" else tokenizer)
     heads = random_heads(backbone) if method == "locret" else None
-    chosen = SMALL.get(method, {})
+    chosen = small_options(method, backbone)
     return LLM.build(backbone, heads=heads, method=method, method_options=chosen, config=CacheConfig(**options))
 
 

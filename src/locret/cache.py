@@ -8,6 +8,10 @@ Every unit carries its score, its original position, whether the caller protecte
 them, numbers of the method's own; all of them move with it. Keys are stored before RoPE: which angle a unit gets is
 decided when it is read.
 
+A slab holds K and V as they are, or as a codec stores them (`storage`). Then a unit is encoded once, when it comes in,
+and decoded for one layer's turn; codes are what is gathered and kept, so no unit is ever encoded twice. A chunk's own
+attention sees its units as they are, later chunks see them as stored.
+
 Layers may have budgets of their own. In a `RaggedLayer` the KV heads have too: its units lie head after head in one
 flat slab of the same size, and are padded on the left, in memory that lives for one layer's turn, while they are read.
 
@@ -17,18 +21,74 @@ Shapes: B batch, Hkv KV heads, S units, D head dim, N numbers of the method's ow
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from locret.storage import Codec, Stored, allocate, get_codec, stored_bytes
+
 NAMES = ("k", "v", "score", "position", "protected", "state")
 
 
+class Table(ABC):
+    """Tensors that all have the same units on axis 2, [B, Hkv, S, ...], and move together."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name."""
+
+    @abstractmethod
+    def like(self, tensors: dict[str, Tensor]) -> Self:
+        """A table of the same kind with other tensors."""
+
+    @abstractmethod
+    def units(self) -> Units:
+        """The units decoded; scores, positions, flags and states are the same tensors."""
+
+    @abstractmethod
+    def join(self, new: Units) -> tuple[Self, Units]:
+        """These units and new ones behind them, in fresh memory: as they are stored, and decoded for reading."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Every tensor changed the same way."""
+        return self.like({name: change(tensor) for name, tensor in self.tensors().items()})
+
+    def __len__(self) -> int:
+        return next(iter(self)).shape[2]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.tensors().values())
+
+    def __getitem__(self, span: slice) -> Self:
+        """A view of some units."""
+        return self.map(lambda tensor: tensor[:, :, span])
+
+    def write(self, start: int, units: Self) -> None:
+        """Copy `units` to start, start + 1, ..."""
+        theirs = units.tensors()
+        for name, mine in self.tensors().items():
+            mine[:, :, start : start + len(units)] = theirs[name]
+
+    def gather(self, keep: Tensor) -> Self:
+        """The units at `keep` [B, Hkv, b], in that order, in fresh memory."""
+        return self.map(lambda tensor: _take(tensor, keep))
+
+    def flat(self) -> Self:
+        """One head that holds the units of all heads, head after head: [B, 1, Hkv * S, ...]."""
+        return self.map(lambda tensor: tensor.flatten(1, 2).unsqueeze(1))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.untyped_storage().nbytes() for tensor in self)
+
+
 @dataclass
-class Units:
-    """Units of one layer, in position order. Also the shape of a slab and of the workspace."""
+class Units(Table):
+    """Units of one layer, in position order. Also the shape of a dense slab and of the workspace."""
 
     k: Tensor  # before RoPE, [B, Hkv, S, D]
     v: Tensor  # [B, Hkv, S, D]
@@ -55,32 +115,59 @@ class Units:
             make(dtype=torch.int64), make(dtype=torch.bool), make(state, dtype=torch.float32),
         )  # fmt: skip
 
-    def __len__(self) -> int:
-        return self.k.shape[2]
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in NAMES}
 
-    def __iter__(self) -> Iterator[Tensor]:
-        return (getattr(self, name) for name in NAMES)
+    def like(self, tensors: dict[str, Tensor]) -> Units:
+        return Units(**tensors)
 
-    def __getitem__(self, span: slice) -> Units:
-        """A view of some units."""
-        return Units(*(tensor[:, :, span] for tensor in self))
+    def units(self) -> Units:
+        return self
 
-    def write(self, start: int, units: Units) -> None:
-        """Copy `units` to start, start + 1, ..."""
-        for mine, theirs in zip(self, units, strict=True):
-            mine[:, :, start : start + len(units)] = theirs
+    def join(self, new: Units) -> tuple[Units, Units]:
+        theirs = new.tensors()
+        both = self.like({name: torch.cat((mine, theirs[name]), 2) for name, mine in self.tensors().items()})
+        return both, both
 
-    def gather(self, keep: Tensor) -> Units:
-        """The units at `keep` [B, Hkv, b], in that order, in fresh memory."""
-        return Units(*(_take(tensor, keep) for tensor in self))
 
-    def flat(self) -> Units:
-        """One head that holds the units of all heads, head after head: [B, 1, Hkv * S, ...]."""
-        return Units(*(tensor.flatten(1, 2).unsqueeze(1) for tensor in self))
+@dataclass
+class Packed(Table):
+    """Units whose K and V are as a codec stores them."""
 
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.untyped_storage().nbytes() for tensor in self)
+    codec: Codec
+    k: Stored
+    v: Stored
+    rest: dict[str, Tensor]  # score, position, protected, state
+
+    @classmethod
+    def empty(
+        cls, codec: Codec, batch: int, heads: int, units: int, head_dim: int, dtype: torch.dtype,
+        device: torch.device, state: int = 0,
+    ) -> Packed:  # fmt: skip
+        rest = Units.empty(batch, heads, units, 0, dtype, device, state).tensors()
+        del rest["k"], rest["v"]
+        k, v = (allocate(codec, batch, heads, units=units, head_dim=head_dim, dtype=dtype, device=device)
+                for _ in range(2))  # fmt: skip
+        return cls(codec, k, v, rest)
+
+    def tensors(self) -> dict[str, Tensor]:
+        parts = {f"{name}.{part}": x for name in ("k", "v") for part, x in getattr(self, name).parts.items()}
+        return parts | self.rest
+
+    def like(self, tensors: dict[str, Tensor]) -> Packed:
+        k, v = (Stored({part: tensors[f"{name}.{part}"] for part in self.k.parts}) for name in ("k", "v"))
+        return Packed(self.codec, k, v, {name: tensors[name] for name in self.rest})
+
+    def units(self) -> Units:
+        return Units(self.codec.decode(self.k), self.codec.decode(self.v), **self.rest)
+
+    def join(self, new: Units) -> tuple[Packed, Units]:
+        theirs = new.tensors()
+        rest = {name: torch.cat((mine, theirs[name]), 2) for name, mine in self.rest.items()}
+        k, v = (Stored.cat((mine, self.codec.encode(x))) for mine, x in ((self.k, new.k), (self.v, new.v)))
+        old = self.units()
+        dense = Units(torch.cat((old.k, new.k), 2), torch.cat((old.v, new.v), 2), **rest)
+        return Packed(self.codec, k, v, rest), dense
 
 
 def _take(tensor: Tensor, keep: Tensor) -> Tensor:
@@ -89,24 +176,38 @@ def _take(tensor: Tensor, keep: Tensor) -> Tensor:
     return tensor.gather(2, keep.reshape(*keep.shape, *(1 for _ in tail)).expand(*keep.shape, *tail))
 
 
-def unit_bytes(head_dim: int, dtype: torch.dtype, state: int = 0) -> int:
-    """Bytes of one unit: K, V, score, position, flag and the method's own numbers."""
-    return 2 * head_dim * dtype.itemsize + 4 + 8 + 1 + 4 * state
+def _write(slab: Units | Packed, start: int, units: Units | Packed) -> None:
+    """`slab.write`, of a table of its own kind."""
+    assert type(slab) is type(units), "a slab holds what it was made for"
+    slab.write(start, units)  # type: ignore[arg-type]
+
+
+def unit_bytes(head_dim: int, dtype: torch.dtype, state: int = 0, storage: str = "dense") -> int:
+    """Bytes of one unit: K and V as stored, score, position, flag and the method's own numbers."""
+    return 2 * stored_bytes(get_codec(storage), head_dim, dtype) + 4 + 8 + 1 + 4 * state
 
 
 @dataclass
 class LayerCache:
     """The slab of one layer: `held` of its units are in use."""
 
-    slab: Units
+    slab: Units | Packed
     window: int | None = None  # a sliding-window layer keeps its last window - 1 units and takes no budget
     held: int = 0
     evicted: bool = False  # False: original positions are still 0, 1, 2 ...
     _joined: Units | None = field(default=None, repr=False)  # old units and the chunk's, between append and keep
+    _source: Units | Packed | None = field(default=None, repr=False)  # the same, as stored
 
     def units(self) -> Units:
-        """The units in use: a view."""
-        return self.slab[slice(0, self.held)]
+        """The units in use: a view, or decoded."""
+        return self.slab[slice(0, self.held)].units()
+
+    @property
+    def joined_bytes(self) -> int:
+        """What the appended units take in memory of their own, beside slab and workspace."""
+        if not isinstance(self._source, Packed) or self._joined is None:
+            return 0
+        return self._joined.k.nbytes + self._joined.v.nbytes + self._source.nbytes
 
     @property
     def nbytes(self) -> int:
@@ -115,7 +216,7 @@ class LayerCache:
 
     def positions(self) -> Tensor:
         """Original positions of the units in use, ascending, [B, Hkv, S]."""
-        return self.units().position
+        return self.slab[slice(0, self.held)].tensors()["position"]
 
     @property
     def padding(self) -> Tensor | None:
@@ -129,25 +230,28 @@ class LayerCache:
 
     def tensors(self) -> dict[str, Tensor]:
         """What `restore` needs, by name: for files."""
-        return dict(zip(NAMES, self.units(), strict=True))
+        return self.slab[slice(0, self.held)].tensors()
 
     def restore(self, tensors: dict[str, Tensor], *, evicted: bool) -> None:
         """Fill an empty slab with saved units."""
-        units = Units(*(tensors[name].to(self.slab.k.device) for name in NAMES))
-        self.slab.write(0, units)
+        units = self.slab.like({name: tensors[name].to(mine.device) for name, mine in self.slab.tensors().items()})
+        _write(self.slab, 0, units)
         self.held, self.evicted = len(units), evicted
 
     def copy(self) -> LayerCache:
         """An independent copy."""
-        return dataclasses.replace(self, slab=Units(*(tensor.clone() for tensor in self.slab)))
+        return dataclasses.replace(self, slab=self.slab.map(torch.clone))
 
     def take_rows(self, indices: Tensor) -> None:
         """Only some of the sequences stay. indices: int64, [rows]."""
-        self.slab = Units(*(tensor.index_select(0, indices) for tensor in self.slab))
+        self.slab = self.slab.map(lambda tensor: tensor.index_select(0, indices))
 
     def append(self, new: Units, workspace: Units | None) -> Units:
         """Put a chunk behind the held units; returns all of them. They stay where they are until `keep` or `settle`."""
         total = self.held + len(new)
+        if isinstance(self.slab, Packed):
+            self._source, self._joined = self.slab[slice(0, self.held)].join(new)
+            return self._joined
         place = self.slab
         if total > len(self.slab):
             assert workspace is not None, "only slabs of a fixed size overflow"
@@ -155,32 +259,40 @@ class LayerCache:
             workspace.write(0, self.units())
             place = workspace
         place.write(self.held, new)
-        self._joined = place[slice(0, total)]
+        self._source = self._joined = place[slice(0, total)]
         return self._joined
 
     def keep(self, keep: Tensor) -> None:
         """Of the appended units only those at `keep` [B, Hkv, b] stay."""
-        assert self._joined is not None
-        self.slab.write(0, self._joined.gather(keep))  # gathered first: source and target may overlap
-        self.held, self.evicted, self._joined = keep.shape[-1], True, None
+        assert self._source is not None
+        _write(self.slab, 0, self._source.gather(keep))  # gathered first: source and target may overlap
+        self.evicted = True
+        self._done(keep.shape[-1])
 
     def keep_last(self, count: int) -> None:
         """Of the appended units only the last `count` stay."""
-        assert self._joined is not None
-        last = self._joined[slice(len(self._joined) - count, None)]
-        self.slab.write(0, Units(*(tensor.clone() for tensor in last)))  # source and target may overlap
-        self.held, self.evicted, self._joined = count, True, None
+        assert self._source is not None
+        last = self._source[slice(len(self._source) - count, None)]
+        _write(self.slab, 0, last.map(torch.clone))  # source and target may overlap
+        self.evicted = True
+        self._done(count)
 
     def settle(self) -> None:
         """All appended units stay; they fit the slab."""
-        assert self._joined is not None
-        assert len(self._joined) <= len(self.slab)
-        self.held, self._joined = len(self._joined), None
+        assert self._source is not None
+        assert len(self._source) <= len(self.slab)
+        if isinstance(self._source, Packed):
+            _write(self.slab, self.held, self._source[slice(self.held, None)])
+        self._done(len(self._source))
 
     def reopen(self) -> Units:
         """The held units as if they had just been appended, for an eviction after the fact."""
-        self._joined = self.units()
+        self._source = self.slab[slice(0, self.held)]
+        self._joined = self._source.units()
         return self._joined
+
+    def _done(self, held: int) -> None:
+        self.held, self._source, self._joined = held, None, None
 
 
 @dataclass
@@ -210,7 +322,11 @@ class RaggedLayer(LayerCache):
         return self.longest - self.lengths
 
     def units(self) -> Units:
-        """The units in use, each head padded on the left to the longest one: [B, Hkv, longest, ...].
+        """The units in use, each head padded on the left to the longest one: [B, Hkv, longest, ...]."""
+        return self._padded().units()
+
+    def _padded(self) -> Units | Packed:
+        """As stored.
 
         What stands in the padding is a copy of some unit, so that every number in it is finite.
         """
@@ -218,16 +334,21 @@ class RaggedLayer(LayerCache):
         first = self.lengths.cumsum(1) - self.lengths
         index = (first[..., None] + slot.clamp(min=0)).flatten(1)[:, None]  # [B, 1, Hkv * longest]
         padded = self.slab[slice(0, self.heads * self.held)].gather(index)
-        return Units(*(tensor[:, 0].unflatten(1, (self.heads, self.longest)) for tensor in padded))
+        return padded.map(lambda tensor: tensor[:, 0].unflatten(1, (self.heads, self.longest)))
+
+    @property
+    def joined_bytes(self) -> int:
+        return super().joined_bytes or (0 if self._joined is None else self._joined.nbytes)
 
     def positions(self) -> Tensor:
         """As for other layers, [B, Hkv, longest]; padding is -1."""
         valid = torch.arange(self.longest, device=self.lengths.device) >= self.padding[..., None]
-        return self.units().position.masked_fill(~valid, -1)
+        return self._padded().tensors()["position"].masked_fill(~valid, -1)
 
     def append(self, new: Units, workspace: Units | None) -> Units:
-        pairs = zip(self.units(), new, strict=True) if self.held else ((tensor[:, :, :0], tensor) for tensor in new)
-        self._joined = Units(*(torch.cat((old, fresh), 2) for old, fresh in pairs))
+        old = self._padded() if self.held else self.slab.map(lambda tensor: tensor[:, :, :0].expand(
+            -1, self.heads, *(-1 for _ in tensor.shape[2:])))  # fmt: skip
+        self._source, self._joined = old.join(new)
         return self._joined
 
     def keep(self, keep: Tensor) -> None:
@@ -244,21 +365,21 @@ class RaggedLayer(LayerCache):
         self._store(real.byte().argsort(dim=1, descending=True, stable=True)[:, :count])
 
     def _store(self, keep: Tensor) -> None:
-        assert self._joined is not None
-        self.slab.write(0, self._joined.flat().gather(keep[:, None]))
-        head = torch.div(keep, len(self._joined), rounding_mode="floor")
+        assert self._source is not None
+        _write(self.slab, 0, self._source.flat().gather(keep[:, None]))
+        head = torch.div(keep, len(self._source), rounding_mode="floor")
         self.lengths = torch.zeros_like(self.lengths).scatter_add_(1, head, torch.ones_like(keep))
         self.longest = int(self.lengths.max())  # waits for the device: the next chunk's shapes depend on it
-        self.held, self._joined = keep.shape[1] // self.heads, None
+        self._done(keep.shape[1] // self.heads)
 
     def tensors(self) -> dict[str, Tensor]:
         flat = self.slab[slice(0, self.heads * self.held)]
-        return {**dict(zip(NAMES, flat, strict=True)), "lengths": self.lengths}
+        return {**flat.tensors(), "lengths": self.lengths}
 
     def restore(self, tensors: dict[str, Tensor], *, evicted: bool) -> None:
         super().restore(tensors, evicted=evicted)
         self.held //= self.heads
-        self.lengths = tensors["lengths"].to(self.slab.k.device)
+        self.lengths = tensors["lengths"].to(self.lengths.device)
         self.longest = int(self.lengths.max())
 
     def take_rows(self, indices: Tensor) -> None:
@@ -276,13 +397,15 @@ class KVCache:
         state: numbers of the method's own per unit.
         ragged: the KV heads of a layer share its capacity and may keep different numbers of units.
         spare: room in every slab for a chunk that is evicted from after the forward pass only.
+        storage: the codec that slabs hold K and V in.
     """
 
     def __init__(
         self, *, windows: list[int | None], batch: int, num_kv_heads: int, head_dim: int,
         capacity: int | Sequence[int] | None, chunk_size: int, dtype: torch.dtype, device: torch.device,
-        initial: int = 0, state: int = 0, ragged: bool = False, spare: int = 0,
+        initial: int = 0, state: int = 0, ragged: bool = False, spare: int = 0, storage: str = "dense",
     ) -> None:  # fmt: skip
+        self.codec = None if storage == "dense" else get_codec(storage)
         self.capacity = capacity
         self.chunk_size = chunk_size
         self.seen = 0  # tokens read so far, kept or not
@@ -299,7 +422,7 @@ class KVCache:
                 self.layers.append(LayerCache(self._new(units + spare if window is None else window - 1), window))
         fixed = [len(layer.slab) for layer in self.layers
                  if layer.window is not None or (capacity is not None and not ragged and not spare)]  # fmt: skip
-        self.workspace = self._new(max(fixed) + chunk_size) if fixed else None
+        self.workspace = self._dense(max(fixed) + chunk_size) if fixed and self.codec is None else None
         self.peak_bytes = self.nbytes + self.workspace_bytes
 
     def append(self, index: int, new: Units) -> Units:
@@ -347,15 +470,21 @@ class KVCache:
         for layer in twin.layers:
             layer.take_rows(indices)
         if self.workspace is not None:
-            twin.workspace = twin._new(len(self.workspace))
+            twin.workspace = twin._dense(len(self.workspace))
         return twin
 
-    def _new(self, units: int, heads: int | None = None) -> Units:
+    def _new(self, units: int, heads: int | None = None) -> Units | Packed:
+        if self.codec is None:
+            return self._dense(units, heads)
+        return Packed.empty(self.codec, self._shape[0], heads or self._shape[1], units, self._head_dim, self._dtype,
+                            self._device, self._state)  # fmt: skip
+
+    def _dense(self, units: int, heads: int | None = None) -> Units:
         batch, all_heads = self._shape
         return Units.empty(batch, heads or all_heads, units, self._head_dim, self._dtype, self._device, self._state)
 
     def _grow(self, layer: LayerCache, needed: int) -> None:
         larger = self._new(max(needed, len(layer.slab) + len(layer.slab) // 2))
-        larger.write(0, layer.units())
+        _write(larger, 0, layer.slab[slice(0, layer.held)])
         self.note_scratch(larger.nbytes)  # for a moment the old slab and the new one both exist
         layer.slab = larger

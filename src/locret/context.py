@@ -197,7 +197,7 @@ class Context:
             )
             for i, layer in enumerate(reader.cache.layers):
                 try:
-                    own = {name.split(".")[1]: t for name, t in tensors.items() if name.startswith(f"{i}.")}
+                    own = {name.split(".", 1)[1]: t for name, t in tensors.items() if name.startswith(f"{i}.")}
                     layer.restore(own, evicted=state["evicted"][i])
                 except (KeyError, RuntimeError, IndexError) as error:
                     raise ContextError(f"{path}: layer {i} is missing or has other shapes than this model") from error

@@ -64,7 +64,7 @@ class Reader:
             num_protected: units the caller will mark.
         """
         windows = [layer.window for layer in backbone.layers]
-        each = unit_bytes(backbone.head_dim, backbone.dtype, len(method.state)) * backbone.num_kv_heads
+        each = unit_bytes(backbone.head_dim, backbone.dtype, len(method.state), config.storage) * backbone.num_kv_heads
         fixed = sum((w - 1) * each for w in windows if w is not None)
         if method.wants_surprisal:
             fixed += windows.count(None) * each * (config.chunk_size or 3072)
@@ -73,7 +73,7 @@ class Reader:
         plan = config.resolve(prompt_len=prompt_len, unit_bytes=max(1, windows.count(None)) * each, fixed_bytes=fixed,
                               num_protected=num_protected)  # fmt: skip
         if not method.evicts:
-            plan = CachePlan(None, plan.chunk_size, 0, 0, 0, plan.positions, plan.decode_interval)
+            plan = dataclasses.replace(plan, budget=None, num_sinks=0, num_stabilizers=0, local_window=0)
         method.check(plan)
         total = None if prompt_len is None or new_tokens is None else prompt_len + new_tokens
         return cls._allocate(backbone, method, plan, batch, prompt_len, total, num_protected)
@@ -99,6 +99,7 @@ class Reader:
             windows=windows, batch=batch, num_kv_heads=backbone.num_kv_heads, head_dim=backbone.head_dim,
             capacity=capacity, chunk_size=chunk, dtype=backbone.dtype, device=backbone.device, initial=initial,
             state=len(method.state), ragged=method.ragged, spare=chunk if method.wants_surprisal else 0,
+            storage=plan.storage,
         )  # fmt: skip
         # families with length-dependent frequencies choose them once, by the longest position they will be shown
         longest, reach = prompt_len or model_length(backbone.model), initial + chunk
@@ -204,7 +205,7 @@ class _ChunkPass:
         out = prefix_causal_attention(
             q_rotated, keys, units.v, scale=call.scale, softcap=call.softcap, window=window, bias=bias
         )
-        scratch = keys.nbytes + (0 if padding is None else units.nbytes)
+        scratch = keys.nbytes + held.joined_bytes
         if window is not None:
             self._keep_window(held, len(units), window)
         elif method.wants_surprisal:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import build_tiny_model
 from oracles import (
-    SMALL,
+    PEERS,
     joined_of,
     kept,
     llm_of,
@@ -21,6 +21,7 @@ from oracles import (
     random_heads,
     reader_of,
     relative,
+    small_options,
     spy_lengths,
     tokens,
     units_of,
@@ -205,7 +206,7 @@ def test_plain_generate_inside_attach_gives_what_the_engine_gives(name):
     rows = [tokens(60)[0].tolist(), tokens(47, seed=1)[0].tolist()]
     ids = torch.tensor([rows[0], [0] * 13 + rows[1]])
     heads = random_heads(llm.backbone) if name == "locret" else None
-    chosen = SMALL.get(name, {})
+    chosen = small_options(name, llm.backbone)
     with attach(llm.backbone.model, heads=heads, method=name, method_options=chosen, budget=40, chunk_size=16) as model:
         got = model.generate(ids, attention_mask=(ids > 0).long(), max_new_tokens=10, do_sample=False)
     for row, prompt in enumerate(rows):
@@ -233,7 +234,7 @@ def test_the_list_says_what_each_method_is():
         assert info.summary
         assert info.name == info.name.lower()
         assert isinstance(info.query_aware, bool)
-        assert info.trained == (info.name == "locret")
+        assert info.trained == (info.name in {"locret", *PEERS})
         assert info.bounded_prefill == (info.name != "full")
     assert {"full", "knorm", "locret", "random", "recency", "snapkv"} <= set(NAMES)
 
@@ -259,7 +260,8 @@ def chunk_view(t=13, prefix=20, heads=(8, 2), dim=8, batch=2, seed=0, layer=0, s
     keys = torch.randn(batch, heads[1], prefix + t, dim, generator=g, dtype=torch.float64)
     values = torch.randn(batch, heads[1], prefix + t, dim, generator=g, dtype=torch.float64)
     units = units_of(keys, v=values, state=state)
-    return joined_of(ChunkView(layer, q, k, v, prefix, 0.3), q_rotated, keys, units=units, ahead=lambda x: x)
+    hidden = torch.randn(batch, t, 64, generator=g, dtype=torch.float64)
+    return joined_of(ChunkView(layer, q, k, v, prefix, 0.3, hidden), q_rotated, keys, units=units, ahead=lambda x: x)
 
 
 def test_locret_scores_are_the_heads_read_naively(exact):

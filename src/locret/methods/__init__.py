@@ -6,10 +6,12 @@ from locret.methods import (
     corm,
     csp,
     expected_attention,
+    fastkvzip,
     full,
     h2o,
     keydiff,
     knorm,
+    kvzap,
     lagkv,
     locret,
     nacl,
@@ -35,8 +37,8 @@ from locret.methods.base import (
 )  # fmt: skip
 
 __all__ = [
-    "ChunkView", "Method", "MethodInfo", "adakv", "cascading", "corm", "csp", "expected_attention", "find_method",
-    "full", "get_method", "h2o", "keydiff", "knorm", "lagkv", "list_methods", "locret", "method_options",
-    "method_slots", "nacl", "prefixkv", "pyramidkv", "random", "recency", "register",
-    "sirllm", "snapkv", "streamingllm", "tova",
+    "ChunkView", "Method", "MethodInfo", "adakv", "cascading", "corm", "csp", "expected_attention", "fastkvzip",
+    "find_method", "full", "get_method", "h2o", "keydiff", "knorm", "kvzap", "lagkv", "list_methods", "locret",
+    "method_options", "method_slots", "nacl", "prefixkv", "pyramidkv", "random", "recency", "register", "sirllm",
+    "snapkv", "streamingllm", "tova",
 ]  # fmt: skip
