@@ -54,21 +54,21 @@ def fill(path: Path, name: str, text: str) -> None:
 
 def main() -> None:
     sparse, dense = ["number", "word", "fact", "passkey", "chain"], ["multikey2", "multikey3", "kv"]
-    full, small = cells("quality-full-cache-h200.json"), cells("quality-budget-cpu.json")
+    full, small = cells("quality-full-cache-h200.json"), cells("quality-budget-h200.json")
+    others = cells("quality-baselines-cpu.json")
     page = ROOT / "docs" / "results.md"
     lengths = group(full, "full", "length")
     fill(page, "full-sparse", table(lengths, sparse))
     fill(page, "full-dense", table({k: v for k, v in lengths.items() if k != "32768"}, dense))
     fill(page, "wording", table(group(full, "wording", "wording"), ["number", "word", "fact", "passkey"]))
     fill(page, "shapes", table(group(full, "shapes", "shape"), ["number", "word", "fact", "chain"]))
-    tasks = ["number", "word", "fact", "passkey"]
-    rows = {label.replace("%", " %"): found for label, found in group(small, "budget", "method", "budget").items()}
-    rows = {"full, 100 % (H200, other samples)": [c for c in lengths["16384"] if c["task"] in tasks]} | rows
-    fill(page, "budget", table(rows, tasks))
-    fill(ROOT / "README.md", "readme-budget", table(rows, tasks))
-    long = group(small, "long", "method", "budget")
-    if long:
-        fill(page, "long", table({k.replace("%", " %"): v for k, v in long.items()}, tasks))
+    rows = group(small, "budget", "method", "budget") | group(others, "budget", "method", "budget")
+    rows = {label.replace("%", " %"): found for label, found in rows.items()}
+    fill(page, "budget", table(rows, sparse))
+    fill(ROOT / "README.md", "readme-budget", table(rows, sparse))
+    fill(page, "dense-budget", table({"locret, 5 %": group(small, "dense", "method")["locret"]}, dense))
+    long = group(small, "long", "method", "budget", "positions")
+    fill(page, "long", table({k.replace("%", " %"): v for k, v in long.items()}, sparse))
 
 
 if __name__ == "__main__":

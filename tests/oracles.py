@@ -7,30 +7,39 @@ Hq/Hkv heads, G = Hq // Hkv, D head dim.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import tempfile
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from conftest import build_byte_tokenizer, build_tiny_model
+from peer_files import write_fastkvzip, write_kvzap
 from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from locret.backbone import AttentionCall, Backbone
-from locret.cache import KVCache, LayerCache
+from locret.cache import KVCache, LayerCache, RaggedLayer, Units
 from locret.config import CacheConfig
 from locret.engine import LLM
 from locret.heads import HeadsConfig, RetainingHeads
 from locret.kernels.attention import reference_attention
-from locret.methods import get_method
+from locret.methods import ChunkView, get_method
+from locret.methods.base import Joined
+from locret.methods.snapkv import SnapKV
+from locret.observe import AttentionProbe
 from locret.prefill import Reader
 
 # two threads on tensors of a few hundred numbers wait for each other: with both cores busy the tests of the core take
 # minutes instead of seconds
 torch.set_num_threads(1)
+
+PEERS: dict[str, Callable[..., Path]] = {"kvzap": write_kvzap, "fastkvzip": write_fastkvzip}
 
 Score = Callable[[int, Tensor, Tensor, Tensor, int], Tensor]  # layer, q, k, v (before RoPE), start -> [Hkv, T]
 
@@ -52,8 +61,43 @@ def random_heads(backbone: Backbone, *, seed: int = 0) -> RetainingHeads:
     return heads.to(backbone.dtype).requires_grad_(False).eval()
 
 
+# windows that fit the small chunks of the tests
+SMALL: dict[str, dict[str, Any]] = {
+    "snapkv": dict(window=8), "pyramidkv": dict(base=SnapKV(window=8), beta=4), "adakv": dict(base=SnapKV(window=8)),
+    "csp": dict(window=8), "lagkv": dict(lag=4), "expected_attention": dict(num_future=16), "corm": dict(window=24),
+    "nacl": dict(proxy_share=0.1),
+}  # fmt: skip
+
+
+_WEIGHTS = tempfile.TemporaryDirectory()
+
+
+def small_options(name: str, backbone: Backbone) -> dict[str, Any]:
+    """Options that fit tiny models and small chunks; methods that score with published weights get a file of them."""
+    if name not in PEERS:
+        return SMALL.get(name, {})
+    c = backbone.model.config
+    sizes = dict(layers=c.num_hidden_layers, hidden=c.hidden_size, heads=backbone.num_kv_heads)
+    return dict(path=str(PEERS[name](Path(_WEIGHTS.name) / name, **sizes)))
+
+
 def method_of(name: str, backbone: Backbone, **options: Any):
-    return get_method(name, heads=random_heads(backbone) if name == "locret" else None, **options)
+    heads = random_heads(backbone) if name == "locret" else None
+    return get_method(name, heads=heads, **(small_options(name, backbone) | options))
+
+
+def joined_of(view: ChunkView, q: Tensor, keys: Tensor, *, units: Units | None = None, ahead: Any = None) -> ChunkView:
+    """The view with what methods see that score cached units again."""
+    if units is None:
+        units = units_of(keys)
+    return dataclasses.replace(view, joined=Joined(units, keys, AttentionProbe(q, keys, view.scale), ahead))
+
+
+def units_of(k: Tensor, *, v: Tensor | None = None, state: int = 0) -> Units:
+    """Units of these keys, scores and states 0, positions 0, 1, 2 ..."""
+    b, h, s, _ = k.shape
+    return Units(k, k if v is None else v, torch.zeros(b, h, s), torch.arange(s).expand(b, h, s),
+                 torch.zeros(b, h, s, dtype=torch.bool), torch.zeros(b, h, s, state))  # fmt: skip
 
 
 def reader_of(backbone: Backbone, method: Any, prompt_len: int | None, *, batch: int = 1, **options: Any) -> Reader:
@@ -68,7 +112,8 @@ def llm_of(model: Any = "llama", method: str = "knorm", *, tokenizer: Any = "byt
         model = build_tiny_model(model)
     backbone = Backbone(model, build_byte_tokenizer() if tokenizer == "bytes" else tokenizer)
     heads = random_heads(backbone) if method == "locret" else None
-    return LLM.build(backbone, heads=heads, method=method, config=CacheConfig(**options))
+    chosen = small_options(method, backbone)
+    return LLM.build(backbone, heads=heads, method=method, method_options=chosen, config=CacheConfig(**options))
 
 
 def speak(model: Any, alphabet: str = "abcdefghijklmnopqrstuvwxyz ", *, eos: bool = False) -> Any:
@@ -87,7 +132,7 @@ def relative(got: Tensor, want: Tensor) -> float:
 
 def kept(reader: Reader, row: int = 0) -> list[list[list[int]]]:
     """Original positions per layer and KV head."""
-    return [layer.units().position[row].tolist() for layer in reader.cache.layers]
+    return [[[p for p in head if p >= 0] for head in layer.positions()[row].tolist()] for layer in reader.cache.layers]
 
 
 # ---------------------------------------------------------------------- scores, naive
@@ -188,7 +233,8 @@ class MaskedReference:
             for head in range(self.hkv):
                 self._evict(i, head, newest, target)
         self.n += t
-        return self.model.lm_head(base.norm(hidden))[0, -1]
+        self.logits = self.model.lm_head(base.norm(hidden))[0]
+        return self.logits[-1]
 
     def _attend(self, i: int, q: Tensor, scale: float) -> Tensor:
         t, total = q.shape[2], self.k[i].shape[2]
@@ -291,7 +337,7 @@ class Lengths:
 def spy_lengths(monkeypatch: Any):
     """Every length that any layer without a window ever has."""
     seen = Lengths()
-    append, keep, settle = KVCache.append, LayerCache.keep, LayerCache.settle
+    append, keep, settle, store = KVCache.append, LayerCache.keep, LayerCache.settle, RaggedLayer._store
 
     def spy_append(self, index, new):
         units = append(self, index, new)
@@ -304,6 +350,10 @@ def spy_lengths(monkeypatch: Any):
         seen.kept.append(indices)
         seen.held.append(self.held)
 
+    def spy_store(self, indices):
+        store(self, indices)
+        seen.held.append(self.held)
+
     def spy_settle(self):
         settle(self)
         if self.window is None:
@@ -313,4 +363,5 @@ def spy_lengths(monkeypatch: Any):
         patch.setattr(KVCache, "append", spy_append)
         patch.setattr(LayerCache, "keep", spy_keep)
         patch.setattr(LayerCache, "settle", spy_settle)
+        patch.setattr(RaggedLayer, "_store", spy_store)
         yield seen

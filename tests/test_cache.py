@@ -11,7 +11,7 @@ from conftest import build_tiny_model
 from oracles import Meter, llm_of, method_of, reader_of, spy_lengths, tokens
 
 from locret.backbone import Backbone
-from locret.cache import KVCache, Units, unit_bytes
+from locret.cache import NAMES, KVCache, Units, unit_bytes
 from locret.config import CacheConfig
 from locret.errors import NumericsError
 from locret.methods.base import Method
@@ -45,14 +45,15 @@ def new_units(count, start=0, batch=1, heads=2, dim=4, seed=0):
     return Units(
         torch.randn(batch, heads, count, dim, generator=g), torch.randn(batch, heads, count, dim, generator=g),
         torch.randn(batch, heads, count, generator=g), torch.arange(start, start + count).expand(batch, heads, count),
-        torch.rand(batch, heads, count, generator=g) < 0.3,
+        torch.rand(batch, heads, count, generator=g) < 0.3, torch.rand(batch, heads, count, 2, generator=g),
     )  # fmt: skip
 
 
 def small_cache(capacity=10, chunk=6, windows=(None,), **options):
     return KVCache(
         windows=list(windows), batch=options.get("batch", 1), num_kv_heads=2, head_dim=4, capacity=capacity,
-        chunk_size=chunk, dtype=torch.float32, device=torch.device("cpu"), initial=options.get("initial", 0),
+        chunk_size=chunk, dtype=torch.float32, device=torch.device("cpu"), initial=options.get("initial", 0), state=2,
+        ragged=options.get("ragged", False),
     )  # fmt: skip
 
 
@@ -66,7 +67,7 @@ def test_appended_units_lie_behind_the_held_ones(capacity):
     cache.append(0, first)
     cache.layers[0].settle()
     joined = cache.append(0, second)
-    for name in ("k", "v", "score", "position", "protected"):
+    for name in NAMES:
         assert torch.equal(getattr(joined, name), torch.cat((getattr(first, name), getattr(second, name)), 2))
 
 
@@ -80,7 +81,7 @@ def test_keep_moves_every_field_of_a_unit_together():
     cache.layers[0].keep(keep)
     units = cache.layers[0].units()
     assert len(units) == 6
-    for name in ("k", "v", "score", "position", "protected"):
+    for name in NAMES:
         whole = torch.cat([getattr(p, name) for p in parts], 2)
         for head in range(2):
             assert torch.equal(getattr(units, name)[0, head], whole[0, head, keep[0, head]]), name
@@ -137,6 +138,72 @@ def test_rows_takes_some_sequences():
     some.layers[0].keep(torch.arange(10).expand(2, 2, 10))
 
 
+# ---------------------------------------------------------------------- layers and heads with budgets of their own
+
+
+def test_layers_of_different_capacity_take_different_bytes():
+    cache = small_cache((10, 4, 7), windows=(None, None, 5))
+    assert [len(layer.slab) for layer in cache.layers] == [10, 4, 4]
+    assert cache.nbytes == 2 * 18 * unit_bytes(4, torch.float32, 2)
+    assert len(cache.workspace) == 10 + 6
+
+
+def ragged(batch=2):
+    """Two heads, 6 units a head on average; after the first eviction heads hold 5 + 3 and 2 + 6."""
+    cache = small_cache(6, batch=batch, ragged=True)
+    units = new_units(6, batch=batch)
+    cache.append(0, units)
+    cache.layers[0].settle()
+    more = new_units(4, start=6, batch=batch)
+    cache.append(0, more)
+    keep = [[0, 1, 4, 8, 9, 11, 13, 15], [3, 7, 10, 12, 13, 14, 18, 19]][:batch]  # head * 10 + unit
+    cache.layers[0].keep(torch.tensor(keep))
+    whole = [torch.cat(pair, 2) for pair in zip(units, more, strict=True)]
+    return cache, whole, [[[0, 1, 4, 8, 9], [1, 3, 5]], [[3, 7], [0, 2, 3, 4, 8, 9]]]
+
+
+def check_ragged(layer, whole, want):
+    units = layer.units()
+    for row, heads in enumerate(want):
+        for head, at in enumerate(heads):
+            for got, all_units in zip(units, whole, strict=True):
+                assert torch.equal(got[row, head, len(units) - len(at) :], all_units[row, head, at])
+            assert layer.positions()[row, head].tolist() == [-1] * (len(units) - len(at)) + at
+
+
+def test_ragged_heads_keep_every_field_of_their_own_units():
+    cache, whole, want = ragged()
+    layer = cache.layers[0]
+    assert (layer.held, layer.width, layer.lengths.tolist()) == (4, 6, [[5, 3], [2, 6]])
+    check_ragged(layer, whole, want)
+    new = new_units(2, start=10, batch=2)
+    joined = cache.append(0, new)
+    assert len(joined) == 8
+    assert layer.padding.tolist() == [[1, 3], [4, 0]]
+    layer.settle()
+    whole = [torch.cat(pair, 2) for pair in zip(whole, new, strict=True)]
+    check_ragged(layer, whole, [[[*at, 10, 11] for at in heads] for heads in want])
+    assert layer.held == 6
+
+
+def test_a_ragged_layer_takes_the_bytes_of_an_even_one():
+    cache, _, _ = ragged()
+    assert cache.nbytes == small_cache(6, batch=2).nbytes + 4 * 8  # four lengths
+    assert cache.workspace is None
+
+
+def test_ragged_layers_are_copied_saved_and_split_into_rows():
+    cache, whole, want = ragged()
+    twin, rows, again = cache.copy(), cache.rows(torch.tensor([1])), small_cache(6, batch=2, ragged=True)
+    again.layers[0].restore(cache.layers[0].tensors(), evicted=True)
+    cache.append(0, new_units(2, start=10, batch=2))
+    cache.layers[0].keep(torch.tensor([[0, 12], [5, 15]]))
+    check_ragged(twin.layers[0], whole, want)
+    check_ragged(again.layers[0], whole, want)
+    check_ragged(rows.layers[0], [tensor[1:] for tensor in whole], want[1:])
+    assert (again.layers[0].held, again.layers[0].evicted) == (4, True)
+
+
 # ---------------------------------------------------------------------- what stays are rows of the originals
 
 
@@ -191,7 +258,8 @@ def test_no_layer_ever_holds_more_than_the_budget_and_the_chunk(backbone, monkey
     """After every chunk and every step; while a layer works, at most budget + chunk."""
     length = 101
     with torch.inference_mode(), spy_lengths(monkeypatch) as seen:
-        reader = reader_of(backbone, name, length, **options)
+        method = method_of(name, backbone, **(dict(window=1) if name == "snapkv" else {}))
+        reader = reader_of(backbone, method, length, **options)
         reader.read(tokens(length))
         for i in range(25):
             reader.step(torch.tensor([9 + i]))

@@ -358,9 +358,29 @@ def test_methods_json_lists_the_registry(capsys: pytest.CaptureFixture[str]) -> 
     infos = run_json(capsys, "methods")
     assert {"locret", "knorm", "full"} <= {info["name"] for info in infos}
     for info in infos:
-        assert set(info) == {"name", "paper", "summary", "query_aware", "bounded_prefill", "trained"}
+        assert set(info) == {"name", "paper", "summary", "query_aware", "bounded_prefill", "trained", "variant"}
     assert main(["methods"]) == 0
     assert "knorm" in capsys.readouterr().out
+
+
+def test_methods_show_prints_slots_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = run_json(capsys, "methods", "show", "pyramidkv")
+    assert shown["options"] == {"base": "snapkv", "beta": 20}
+    assert shown["slots"]["budget"] == "per layer, same total"
+    assert shown["query_aware"] is True
+    assert main(["methods", "show", "snapkv"]) == 0
+    out = capsys.readouterr().out
+    assert "kernel_size" in out
+    assert "published: once" in out
+    for info in run_json(capsys, "methods"):
+        assert run_json(capsys, "methods", "show", info["name"])["name"] == info["name"]
+
+
+def test_methods_names_what_it_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", "show", "snapvk"]) == 2
+    assert "did you mean 'snapkv'" in capsys.readouterr().err
+    assert main(["methods", "list", "all"]) == 2
+    assert "locret methods show NAME" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------- errors

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import typer
+from oracles import llm_of
 
 import locret
 from locret.cli import app
+from locret.methods import base, list_methods
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -83,6 +85,33 @@ def test_readme_starts_with_the_two_commands() -> None:
 def test_the_example_method_in_the_docs_is_the_code() -> None:
     (example,) = blocks(ROOT / "docs" / "add-a-method.md", "python")
     assert example == (ROOT / "src" / "locret" / "methods" / "knorm.py").read_text(encoding="utf-8")
+    assert len(example.splitlines()) <= 30
+
+
+def test_the_example_method_runs_as_it_stands_on_the_page() -> None:
+    """Registered under another name it goes through a prefill and keeps what the shipped one keeps."""
+    (example,) = blocks(ROOT / "docs" / "add-a-method.md", "python")
+    exec(compile(example.replace('"knorm"', '"knorm-of-the-page"'), "add-a-method.md", "exec"), {"__name__": __name__})
+    ids = [8 + (7 * i) % 250 for i in range(100)]
+    try:
+        mine, shipped = (
+            [layer.tolist() for layer in llm_of(method=name, budget=40, chunk_size=16).compress(ids).kept()]
+            for name in ("knorm-of-the-page", "knorm")
+        )
+    finally:
+        del base._METHODS["knorm-of-the-page"]
+    assert mine == shipped
+    assert len(mine[0][0]) == 40
+
+
+def test_the_table_of_methods_holds_all_of_them() -> None:
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    for info in list_methods():
+        row = re.search(rf"^\| `{info.name}` \|.*$", page, re.MULTILINE)
+        assert row, f"docs/methods.md has no row for {info.name}"
+        assert info.summary in row[0], info.name
+        assert info.paper in row[0], info.name
+        assert info.variant in row[0], info.name
 
 
 def test_licence_is_the_whole_apache_text() -> None:

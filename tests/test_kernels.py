@@ -227,3 +227,19 @@ def test_on_cuda_strided_slabs_give_what_contiguous_ones_give():
     slab[:, :, :100] = k
     want = prefix_causal_attention(q, k, v, scale=0.3)
     assert torch.equal(prefix_causal_attention(q, slab[:, :, :100], v, scale=0.3), want)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize(("t", "prefix"), [(1, 9), (7, 0), (7, 20), (300, 40)])
+def test_a_bias_is_added_to_the_logits_and_hides_keys(t, prefix, softcap):
+    g = torch.Generator().manual_seed(t)
+    q = torch.randn(2, 4, t, 8, generator=g, dtype=torch.float64)
+    k, v = (torch.randn(2, 2, prefix + t, 8, generator=g, dtype=torch.float64) for _ in range(2))
+    bias = torch.randn(2, 2, prefix + t, generator=g, dtype=torch.float64)
+    hidden = max(0, prefix - 3)
+    bias[1, 0, :hidden] = float("-inf")
+    got = prefix_causal_attention(q, k, v, scale=0.3, softcap=softcap, bias=bias)
+    torch.testing.assert_close(got, reference_attention(q, k, v, scale=0.3, softcap=softcap, bias=bias))
+    if hidden:  # what is hidden does not matter, and the heads of one group only are changed
+        k[1, 0, :hidden], v[1, 0, :hidden] = 7.0, 7.0
+        assert torch.equal(prefix_causal_attention(q, k, v, scale=0.3, softcap=softcap, bias=bias), got)

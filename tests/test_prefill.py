@@ -215,7 +215,8 @@ def test_any_chunk_size_gives_the_plain_logits_when_the_budget_holds_the_prompt(
     backbone = Backbone(build_tiny_model("llama", dtype=torch.float64))
     ids = tokens(n, seed=n)
     with torch.inference_mode():
-        reader = reader_of(backbone, name, n, budget=200, chunk_size=chunk, local_window=local, positions=positions)
+        method = method_of(name, backbone, **(dict(window=1) if name == "snapkv" else {}))
+        reader = reader_of(backbone, method, n, budget=200, chunk_size=chunk, local_window=local, positions=positions)
         got = reader.read(ids)
     assert relative(got, plain(backbone, ids)) < 1e-12
     assert kept(reader) == [[list(range(n))] * 2] * 2

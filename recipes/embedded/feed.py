@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+PATIENCE = 120  # seconds without an answer of any worker
+
 MakeExample = Callable[[random.Random, int, int], tuple[np.ndarray, np.ndarray]]
 
 
@@ -40,11 +42,13 @@ def shared_array(shape: tuple[int, ...], dtype) -> np.ndarray:
     return np.frombuffer(mmap.mmap(-1, max(size, 1)), dtype=dtype, count=int(np.prod(shape))).reshape(shape)
 
 
-def fill(ids: np.ndarray, weights: np.ndarray, make_example: MakeExample, seed: int, stage: int, index: int) -> None:
-    """Write batch `index` of `stage` into ids and weights, both [rows, length]."""
+def fill(
+    ids: np.ndarray, weights: np.ndarray, make_example: MakeExample, seed: int, stage: int, index: int, rank: int = 0
+) -> None:
+    """Write this process's rows of batch `index` of `stage` into ids and weights, both [rows, length]."""
     rows, length = ids.shape
     for row in range(rows):
-        rng = random.Random(f"{seed}/{stage}/{index}/{row}")
+        rng = random.Random(f"{seed}/{stage}/{index}/{rank * rows + row}")
         ids[row], weights[row] = make_example(rng, stage, length)
 
 
@@ -60,8 +64,10 @@ class Feed:
         seed: int,
         num_workers: int,
         num_slots: int,
+        rank: int = 0,
     ):
         self.make_example, self.make_sample, self.seed, self.num_slots = make_example, make_sample, seed, num_slots
+        self.rank = rank  # of several processes that share a batch, each with its rows
         self.ids = [shared_array((num_slots, shape.rows, shape.length), np.uint16) for shape in shapes]
         self.weights = [shared_array((num_slots, shape.rows, shape.length), np.float32) for shape in shapes]
         context = multiprocessing.get_context("fork")
@@ -72,6 +78,7 @@ class Feed:
         self.num_orders = 0
         self.started: set[int] = set()
         self.wait_seconds = 0.0
+        self.silent = 0  # seconds that no worker has answered
         self.workers = [context.Process(target=self._work, daemon=True) for _ in range(num_workers)]
         for worker in self.workers:
             worker.start()
@@ -119,7 +126,13 @@ class Feed:
     def _receive(self) -> None:
         try:
             kind, key, value = self.done.get(timeout=10)
+            self.silent = 0
         except queue.Empty:
+            self.silent += 10
+            if self.silent >= PATIENCE:
+                raise RuntimeError(
+                    f"no data worker has answered for {self.silent} s; start again with --resume"
+                ) from None
             dead = [worker for worker in self.workers if not worker.is_alive()]
             if dead:
                 raise RuntimeError(f"{len(dead)} data workers died (exit code {dead[0].exitcode})") from None
@@ -141,7 +154,8 @@ class Feed:
             try:
                 if kind == "fill":
                     stage, index, slot = rest
-                    fill(self.ids[stage][slot], self.weights[stage][slot], self.make_example, self.seed, stage, index)
+                    place = self.ids[stage][slot], self.weights[stage][slot]
+                    fill(*place, self.make_example, self.seed, stage, index, self.rank)
                     self.done.put(("fill", (stage, index), slot))
                 else:
                     ticket, args = rest

@@ -2,6 +2,7 @@
 
     python recipes/embedded/pretrain.py train --text FOLDER --work RUN     # recipe.toml beside this file
     python recipes/embedded/pretrain.py train --text FOLDER --work RUN --resume
+    torchrun --nproc-per-node 2 recipes/embedded/pretrain.py train ...     # the same batches, shared by two GPUs
     python recipes/embedded/pretrain.py evaluate --text FOLDER --work RUN
     python recipes/embedded/pretrain.py pack RUN/model PACKED        # parts of 15 MiB, with a checksum
     python recipes/embedded/pretrain.py unpack PACKED src/locret/models/embedded
@@ -31,6 +32,7 @@ from log import BORN, Log
 from muon import Optimisers
 from recipe import Recipe, load_recipe
 from source import Source
+from team import Team
 from torch import Tensor
 from validate import Evaluation, Validator
 
@@ -73,8 +75,8 @@ class Staging:
 class Trainer:
     """The state of a run and one step of it."""
 
-    def __init__(self, recipe: Recipe, device: torch.device):
-        self.recipe, self.device = recipe, device
+    def __init__(self, recipe: Recipe, device: torch.device, team: Team | None = None):
+        self.recipe, self.device, self.team = recipe, device, team or Team()
         on_gpu = device.type == "cuda"
         self.dtype = torch.bfloat16 if on_gpu else torch.float32
         self.model = LeanLlama(recipe.model, dtype=self.dtype, attention=recipe.run.attention if on_gpu else "math")
@@ -108,7 +110,9 @@ class Trainer:
         weights = weights.roll(-1, dims=1)
         weights = torch.where(weights > ANSWER_WEIGHT, weights * answer_scale, weights)
         weights[:, -1] = 0.0  # the last token of a sequence predicts nothing
-        total = weights.sum().clamp_min(1e-6)
+        total = weights.sum()
+        self.team.sum_([total])
+        total = total.clamp_min(1e-6)
         rows = max(1, self.recipe.run.micro_tokens // ids.shape[1])
         sums = torch.zeros(5, device=self.device)
         for first in range(0, ids.shape[0], rows):
@@ -130,6 +134,7 @@ class Trainer:
                         answers.sum(),
                     ]
                 )
+        self.team.sum_([*(p.grad for p in self.model.parameters() if p.grad is not None), sums])
         return torch.cat([sums[:1] / total, sums[1:]])
 
     def step(self, ids: Tensor, weights: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
@@ -138,7 +143,7 @@ class Trainer:
         norm = self.optimisers.step(self.recipe.optimiser.scale(fraction, self.position["step"]))
         self.position["step"] += 1
         self.position["stage_step"] += 1
-        self.position["tokens"] += ids.numel()
+        self.position["tokens"] += ids.numel() * self.team.size
         return sums, norm
 
     def warm(self, stages: range) -> None:
@@ -249,13 +254,15 @@ def train(
              evaluate: end with the full table, if the run came to its end.
     Raises:  NumericsError: the loss is NaN or infinite (the checkpoint is from before).
     """
-    log, checkpoint = Log(work / "metrics.jsonl"), work / "checkpoint.pt"
-    stop = stop or Stop()
-    shapes = [Shape(stage.rows, stage.length) for stage in recipe.stages]
-    feed = make_feed(recipe, source, shapes)
-    try:  # workers are forked: CUDA only from here on
+    stop, team = stop or Stop(), Team.from_environment()
+    log, checkpoint = Log(work / "metrics.jsonl", team.leads), work / "checkpoint.pt"
+    recipe.check_team(team.size)
+    shapes = [Shape(stage.rows // team.size, stage.length) for stage in recipe.stages]
+    feed = make_feed(recipe, source, shapes, team.rank)
+    try:  # workers are forked: CUDA and threads only from here on
+        team.connect(device)
         began = time.perf_counter()
-        trainer = Trainer(recipe, device)
+        trainer = Trainer(recipe, device, team)
         if resume:
             trainer.load(checkpoint)
         if init is not None:
@@ -264,37 +271,44 @@ def train(
         first = position["stage"]
         if first < len(recipe.stages):
             feed.start(first, position["stage_step"])
-        validator = Validator(recipe, source, feed, log)
-        validator.order(first)
-        evaluation = Evaluation(recipe, source, feed, log) if evaluate else None
+        validator = Validator(recipe, source, feed, log) if team.leads else None
+        if validator:
+            validator.order(first)
+        evaluation = Evaluation(recipe, source, feed, log) if evaluate and team.leads else None
         trainer.warm(range(first, len(recipe.stages)))
-        log.say(f"compiled and warmed in {time.perf_counter() - began:.1f}s; device {device_name(device)}")
+        log.say(f"compiled and warmed in {time.perf_counter() - began:.1f}s; {team.size} x {device_name(device)}")
         log.record("start", recipe=asdict(recipe), warm_seconds=time.perf_counter() - began, position=dict(position))
         for index in range(first, len(recipe.stages)):
             run_stage(trainer, feed, validator, evaluation, log, index, checkpoint, stop, stop_after)
             if stop.reason:
                 break
             position.update(stage=index + 1, stage_step=0, stage_seconds=0.0)
+            if team.leads:
+                trainer.save(checkpoint)
+        if team.leads:
             trainer.save(checkpoint)
-        trainer.save(checkpoint)
         if stop.reason:
             log.say(f"stopped ({stop.reason}) at step {position['step']}; go on with --resume")
         elif evaluation:
             evaluation.run(trainer.model, device)
     finally:
         feed.close()
+        team.close()
     return trainer
 
 
-def make_feed(recipe: Recipe, source: Source, shapes: list[Shape]) -> Feed:
+def make_feed(recipe: Recipe, source: Source, shapes: list[Shape], rank: int = 0) -> Feed:
     run = recipe.run
-    return Feed(source.make_example, source.sample, shapes, seed=run.seed, num_workers=run.workers, num_slots=run.slots)
+    return Feed(
+        source.make_example, source.sample, shapes, seed=run.seed, num_workers=run.workers, num_slots=run.slots,
+        rank=rank,
+    )  # fmt: skip
 
 
 def run_stage(
     trainer: Trainer,
     feed: Feed,
-    validator: Validator,
+    validator: Validator | None,
     evaluation: Evaluation | None,
     log: Log,
     index: int,
@@ -302,12 +316,12 @@ def run_stage(
     stop: Stop,
     stop_after: float,
 ) -> None:
-    """Train until the stage's time (or steps) is over or a stop is asked for."""
-    recipe, position = trainer.recipe, trainer.position
+    """Train until the stage's time (or steps) is over or a stop is asked for, by the first process's clock."""
+    recipe, position, team = trainer.recipe, trainer.position, trainer.team
     stage, run, last = recipe.stages[index], recipe.run, index + 1 == len(recipe.stages)
     staging, meter = Staging(trainer.device), Meter(trainer.device)
     feed.start(index, position["stage_step"])
-    if not last:
+    if not last and validator:
         validator.order(index + 1)
     if trainer.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -315,11 +329,16 @@ def run_stage(
     done = position["stage_step"] if stage.steps else position["stage_seconds"]
     saved = validated = logged = now = time.perf_counter()
     feed.wait_seconds = 0.0
-    while done < stage.planned and not stop.reason:
+    while True:
+        done, stopped = team.agree(done, bool(stop.reason))
+        if stopped and not stop.reason:
+            stop.reason = "the first process"
+        if done >= stage.planned or stopped:
+            break
         batch.clear()
         feed.next(index, position["stage_step"], lambda i, w: batch.append(staging.to_device(i, w)))
         sums, norm = trainer.step(*batch[0], recipe.fraction(index, done))
-        meter.add(sums, norm, batch[0][0].numel())
+        meter.add(sums, norm, batch[0][0].numel() * team.size)
         before, now = now, time.perf_counter()
         position["stage_seconds"] += now - before
         done = position["stage_step"] if stage.steps else position["stage_seconds"]
@@ -327,6 +346,8 @@ def run_stage(
             feed.start(index + 1)
         if last and evaluation:
             evaluation.order(8)
+        if not team.leads:
+            continue
         if now - BORN > stop_after:
             stop.reason = f"--stop-after {stop_after:g}"
         over = done >= stage.planned or bool(stop.reason)
@@ -340,6 +361,7 @@ def run_stage(
         pause = time.perf_counter()
         position["stage_seconds"] += pause - now  # the sync of the progress line is training time
         if now - validated >= recipe.validation.every_seconds or over:
+            assert validator is not None, "the leader has one"
             validator.run(index, trainer.model, position["tokens"])
             validated = time.perf_counter()
         if now - saved >= run.checkpoint_seconds and not over:
@@ -416,10 +438,11 @@ def main() -> None:
         return
 
     recipe = load_recipe(args.recipe, args.set)
-    log = Log(args.work / "metrics.jsonl")
+    team = Team.from_environment()
+    log = Log(args.work / "metrics.jsonl", team.leads)
     source = Source.load(args.text, args.tokenizer, args.work / "tokens", [stage.mixture for stage in recipe.stages])
     log.say(f"corpus: {source.num_tokens / 1e6:.1f} M tokens")
-    device = torch.device(args.device)
+    device = team.device(args.device)
     if args.verb == "evaluate":
         feed = make_feed(recipe, source, [])
         try:
@@ -443,10 +466,11 @@ def main() -> None:
         stop=stop,
         evaluate=args.evaluate,
     )
-    compile_cache(args.write_compile_cache, write=True)
-    export(trainer.model, args.work / "model")
-    if args.pack:
-        pack(args.work / "model", args.pack)
+    if team.leads:
+        compile_cache(args.write_compile_cache, write=True)
+        export(trainer.model, args.work / "model")
+        if args.pack:
+            pack(args.work / "model", args.pack)
     sys.exit(75 if stop.reason else 0)  # 75: not finished, go on with --resume
 
 

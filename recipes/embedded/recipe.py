@@ -102,6 +102,15 @@ class Recipe:
                     f"which must divide tokens_per_step {stage.tokens_per_step}"
                 )
 
+    def check_team(self, size: int) -> None:
+        """Raise a ConfigError where `size` processes cannot share every batch evenly."""
+        for stage in self.stages:
+            if stage.tokens_per_step % (self.run.micro_tokens * size):
+                raise ConfigError(
+                    f"stage of length {stage.length}: {size} processes cannot share {stage.tokens_per_step} tokens a "
+                    f"step in passes of {self.run.micro_tokens}; make tokens_per_step a multiple of both together"
+                )
+
     def fraction(self, stage: int, done: float) -> float:
         """The share of the whole run that is over: all stages before `stage`, and `done` (seconds or steps) of it."""
         total = sum(s.planned for s in self.stages)

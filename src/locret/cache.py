@@ -4,27 +4,91 @@ One slab a layer holds at most `capacity` units. While a layer works on a chunk,
 together in one workspace that all layers share, so that only one layer at a time holds budget + chunk: the peak is
 layers * budget + (budget + chunk) units, not layers * (budget + chunk) as in the published code.
 
-Every unit carries its score, its original position and whether the caller protected it; the three move with it.
-Keys are stored before RoPE: which angle a unit gets is decided when it is read.
+Every unit carries its score, its original position, whether the caller protected it and, for methods that ask for
+them, numbers of the method's own; all of them move with it. Keys are stored before RoPE: which angle a unit gets is
+decided when it is read.
 
-Shapes: B batch, Hkv KV heads, S units, D head dim.
+A slab holds K and V as they are, or as a codec stores them (`storage`). Then a unit is encoded once, when it comes in,
+and decoded for one layer's turn; codes are what is gathered and kept, so no unit is ever encoded twice. A chunk's own
+attention sees its units as they are, later chunks see them as stored.
+
+Layers may have budgets of their own. In a `RaggedLayer` the KV heads have too: its units lie head after head in one
+flat slab of the same size, and are padded on the left, in memory that lives for one layer's turn, while they are read.
+
+Shapes: B batch, Hkv KV heads, S units, D head dim, N numbers of the method's own.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor
 
-NAMES = ("k", "v", "score", "position", "protected")
+from locret.storage import Codec, Stored, allocate, get_codec, stored_bytes
+
+NAMES = ("k", "v", "score", "position", "protected", "state")
+
+
+class Table(ABC):
+    """Tensors that all have the same units on axis 2, [B, Hkv, S, ...], and move together."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name."""
+
+    @abstractmethod
+    def like(self, tensors: dict[str, Tensor]) -> Self:
+        """A table of the same kind with other tensors."""
+
+    @abstractmethod
+    def units(self) -> Units:
+        """The units decoded; scores, positions, flags and states are the same tensors."""
+
+    @abstractmethod
+    def join(self, new: Units) -> tuple[Self, Units]:
+        """These units and new ones behind them, in fresh memory: as they are stored, and decoded for reading."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Every tensor changed the same way."""
+        return self.like({name: change(tensor) for name, tensor in self.tensors().items()})
+
+    def __len__(self) -> int:
+        return next(iter(self)).shape[2]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.tensors().values())
+
+    def __getitem__(self, span: slice) -> Self:
+        """A view of some units."""
+        return self.map(lambda tensor: tensor[:, :, span])
+
+    def write(self, start: int, units: Self) -> None:
+        """Copy `units` to start, start + 1, ..."""
+        theirs = units.tensors()
+        for name, mine in self.tensors().items():
+            mine[:, :, start : start + len(units)] = theirs[name]
+
+    def gather(self, keep: Tensor) -> Self:
+        """The units at `keep` [B, Hkv, b], in that order, in fresh memory."""
+        return self.map(lambda tensor: _take(tensor, keep))
+
+    def flat(self) -> Self:
+        """One head that holds the units of all heads, head after head: [B, 1, Hkv * S, ...]."""
+        return self.map(lambda tensor: tensor.flatten(1, 2).unsqueeze(1))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.untyped_storage().nbytes() for tensor in self)
 
 
 @dataclass
-class Units:
-    """Units of one layer, in position order. Also the shape of a slab and of the workspace."""
+class Units(Table):
+    """Units of one layer, in position order. Also the shape of a dense slab and of the workspace."""
 
     k: Tensor  # before RoPE, [B, Hkv, S, D]
     v: Tensor  # [B, Hkv, S, D]
@@ -32,72 +96,162 @@ class Units:
     position: Tensor  # original position, int64, [B, Hkv, S]
     protected: Tensor  # bool, [B, Hkv, S]
 
+    state: Tensor = None  # type: ignore[assignment]  # the method's own numbers, fp32, [B, Hkv, S, N]; not given: N = 0
+
+    def __post_init__(self) -> None:
+        if self.state is None:
+            self.state = self.score.new_empty(*self.score.shape, 0, dtype=torch.float32)
+
     @classmethod
     def empty(
-        cls, batch: int, heads: int, units: int, head_dim: int, dtype: torch.dtype, device: torch.device
-    ) -> Units:
+        cls, batch: int, heads: int, units: int, head_dim: int, dtype: torch.dtype, device: torch.device,
+        state: int = 0,
+    ) -> Units:  # fmt: skip
         def make(*tail: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(batch, heads, units, *tail, dtype=dtype, device=device)
 
         return cls(
             make(head_dim, dtype=dtype), make(head_dim, dtype=dtype), make(dtype=torch.float32),
-            make(dtype=torch.int64), make(dtype=torch.bool),
+            make(dtype=torch.int64), make(dtype=torch.bool), make(state, dtype=torch.float32),
         )  # fmt: skip
 
-    def __len__(self) -> int:
-        return self.k.shape[2]
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in NAMES}
 
-    def __iter__(self) -> Iterator[Tensor]:
-        return (getattr(self, name) for name in NAMES)
+    def like(self, tensors: dict[str, Tensor]) -> Units:
+        return Units(**tensors)
 
-    def __getitem__(self, span: slice) -> Units:
-        """A view of some units."""
-        return Units(*(tensor[:, :, span] for tensor in self))
+    def units(self) -> Units:
+        return self
 
-    def write(self, start: int, units: Units) -> None:
-        """Copy `units` to start, start + 1, ..."""
-        for mine, theirs in zip(self, units, strict=True):
-            mine[:, :, start : start + len(units)] = theirs
-
-    def gather(self, keep: Tensor) -> Units:
-        """The units at `keep` [B, Hkv, b], in that order, in fresh memory."""
-        rows = keep[..., None].expand(*keep.shape, self.k.shape[-1])
-        return Units(self.k.gather(2, rows), self.v.gather(2, rows),
-                     *(tensor.gather(2, keep) for tensor in (self.score, self.position, self.protected)))  # fmt: skip
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.untyped_storage().nbytes() for tensor in self)
+    def join(self, new: Units) -> tuple[Units, Units]:
+        theirs = new.tensors()
+        both = self.like({name: torch.cat((mine, theirs[name]), 2) for name, mine in self.tensors().items()})
+        return both, both
 
 
-def unit_bytes(head_dim: int, dtype: torch.dtype) -> int:
-    """Bytes of one unit: K, V, score, position and flag."""
-    return 2 * head_dim * dtype.itemsize + 4 + 8 + 1
+@dataclass
+class Packed(Table):
+    """Units whose K and V are as a codec stores them."""
+
+    codec: Codec
+    k: Stored
+    v: Stored
+    rest: dict[str, Tensor]  # score, position, protected, state
+
+    @classmethod
+    def empty(
+        cls, codec: Codec, batch: int, heads: int, units: int, head_dim: int, dtype: torch.dtype,
+        device: torch.device, state: int = 0,
+    ) -> Packed:  # fmt: skip
+        rest = Units.empty(batch, heads, units, 0, dtype, device, state).tensors()
+        del rest["k"], rest["v"]
+        k, v = (allocate(codec, batch, heads, units=units, head_dim=head_dim, dtype=dtype, device=device)
+                for _ in range(2))  # fmt: skip
+        return cls(codec, k, v, rest)
+
+    def tensors(self) -> dict[str, Tensor]:
+        parts = {f"{name}.{part}": x for name in ("k", "v") for part, x in getattr(self, name).parts.items()}
+        return parts | self.rest
+
+    def like(self, tensors: dict[str, Tensor]) -> Packed:
+        k, v = (Stored({part: tensors[f"{name}.{part}"] for part in self.k.parts}) for name in ("k", "v"))
+        return Packed(self.codec, k, v, {name: tensors[name] for name in self.rest})
+
+    def units(self) -> Units:
+        return Units(self.codec.decode(self.k), self.codec.decode(self.v), **self.rest)
+
+    def join(self, new: Units) -> tuple[Packed, Units]:
+        theirs = new.tensors()
+        rest = {name: torch.cat((mine, theirs[name]), 2) for name, mine in self.rest.items()}
+        k, v = (Stored.cat((mine, self.codec.encode(x))) for mine, x in ((self.k, new.k), (self.v, new.v)))
+        old = self.units()
+        dense = Units(torch.cat((old.k, new.k), 2), torch.cat((old.v, new.v), 2), **rest)
+        return Packed(self.codec, k, v, rest), dense
+
+
+def _take(tensor: Tensor, keep: Tensor) -> Tensor:
+    """tensor [B, H, S, ...] at keep [B, H, b]."""
+    tail = tensor.shape[3:]
+    return tensor.gather(2, keep.reshape(*keep.shape, *(1 for _ in tail)).expand(*keep.shape, *tail))
+
+
+def _write(slab: Units | Packed, start: int, units: Units | Packed) -> None:
+    """`slab.write`, of a table of its own kind."""
+    assert type(slab) is type(units), "a slab holds what it was made for"
+    slab.write(start, units)  # type: ignore[arg-type]
+
+
+def unit_bytes(head_dim: int, dtype: torch.dtype, state: int = 0, storage: str = "dense") -> int:
+    """Bytes of one unit: K and V as stored, score, position, flag and the method's own numbers."""
+    return 2 * stored_bytes(get_codec(storage), head_dim, dtype) + 4 + 8 + 1 + 4 * state
 
 
 @dataclass
 class LayerCache:
     """The slab of one layer: `held` of its units are in use."""
 
-    slab: Units
+    slab: Units | Packed
     window: int | None = None  # a sliding-window layer keeps its last window - 1 units and takes no budget
     held: int = 0
     evicted: bool = False  # False: original positions are still 0, 1, 2 ...
     _joined: Units | None = field(default=None, repr=False)  # old units and the chunk's, between append and keep
+    _source: Units | Packed | None = field(default=None, repr=False)  # the same, as stored
 
     def units(self) -> Units:
-        """The units in use: a view."""
-        return self.slab[slice(0, self.held)]
+        """The units in use: a view, or decoded."""
+        return self.slab[slice(0, self.held)].units()
 
-    def restore(self, *tensors: Tensor, evicted: bool) -> None:
+    @property
+    def joined_bytes(self) -> int:
+        """What the appended units take in memory of their own, beside slab and workspace."""
+        if not isinstance(self._source, Packed) or self._joined is None:
+            return 0
+        return self._joined.k.nbytes + self._joined.v.nbytes + self._source.nbytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as allocated."""
+        return self.slab.nbytes
+
+    def positions(self) -> Tensor:
+        """Original positions of the units in use, ascending, [B, Hkv, S]."""
+        return self.slab[slice(0, self.held)].tensors()["position"]
+
+    @property
+    def padding(self) -> Tensor | None:
+        """Of the appended units: how many at the beginning of each head are none, [B, Hkv]; None: all are units."""
+        return None
+
+    @property
+    def width(self) -> int:
+        """Units of the longest head: what a chunk is put behind."""
+        return self.held
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What `restore` needs, by name: for files."""
+        return self.slab[slice(0, self.held)].tensors()
+
+    def restore(self, tensors: dict[str, Tensor], *, evicted: bool) -> None:
         """Fill an empty slab with saved units."""
-        units = Units(*(tensor.to(self.slab.k.device) for tensor in tensors))
-        self.slab.write(0, units)
+        units = self.slab.like({name: tensors[name].to(mine.device) for name, mine in self.slab.tensors().items()})
+        _write(self.slab, 0, units)
         self.held, self.evicted = len(units), evicted
+
+    def copy(self) -> LayerCache:
+        """An independent copy."""
+        return dataclasses.replace(self, slab=self.slab.map(torch.clone))
+
+    def take_rows(self, indices: Tensor) -> None:
+        """Only some of the sequences stay. indices: int64, [rows]."""
+        self.slab = self.slab.map(lambda tensor: tensor.index_select(0, indices))
 
     def append(self, new: Units, workspace: Units | None) -> Units:
         """Put a chunk behind the held units; returns all of them. They stay where they are until `keep` or `settle`."""
         total = self.held + len(new)
+        if isinstance(self.slab, Packed):
+            self._source, self._joined = self.slab[slice(0, self.held)].join(new)
+            return self._joined
         place = self.slab
         if total > len(self.slab):
             assert workspace is not None, "only slabs of a fixed size overflow"
@@ -105,51 +259,170 @@ class LayerCache:
             workspace.write(0, self.units())
             place = workspace
         place.write(self.held, new)
-        self._joined = place[slice(0, total)]
+        self._source = self._joined = place[slice(0, total)]
         return self._joined
 
     def keep(self, keep: Tensor) -> None:
         """Of the appended units only those at `keep` [B, Hkv, b] stay."""
-        assert self._joined is not None
-        self.slab.write(0, self._joined.gather(keep))  # gathered first: source and target may overlap
-        self.held, self.evicted, self._joined = keep.shape[-1], True, None
+        assert self._source is not None
+        _write(self.slab, 0, self._source.gather(keep))  # gathered first: source and target may overlap
+        self.evicted = True
+        self._done(keep.shape[-1])
 
     def keep_last(self, count: int) -> None:
         """Of the appended units only the last `count` stay."""
-        assert self._joined is not None
-        last = self._joined[slice(len(self._joined) - count, None)]
-        self.slab.write(0, Units(*(tensor.clone() for tensor in last)))  # source and target may overlap
-        self.held, self.evicted, self._joined = count, True, None
+        assert self._source is not None
+        last = self._source[slice(len(self._source) - count, None)]
+        _write(self.slab, 0, last.map(torch.clone))  # source and target may overlap
+        self.evicted = True
+        self._done(count)
 
     def settle(self) -> None:
         """All appended units stay; they fit the slab."""
+        assert self._source is not None
+        assert len(self._source) <= len(self.slab)
+        if isinstance(self._source, Packed):
+            _write(self.slab, self.held, self._source[slice(self.held, None)])
+        self._done(len(self._source))
+
+    def reopen(self) -> Units:
+        """The held units as if they had just been appended, for an eviction after the fact."""
+        self._source = self.slab[slice(0, self.held)]
+        self._joined = self._source.units()
+        return self._joined
+
+    def _done(self, held: int) -> None:
+        self.held, self._source, self._joined = held, None, None
+
+
+@dataclass
+class RaggedLayer(LayerCache):
+    """A layer whose KV heads keep different numbers of units; `held` is their mean, the same for every sequence.
+
+    The slab is flat, [B, 1, Hkv * capacity, ...], so it is as large as if all heads kept the same.
+    """
+
+    lengths: Tensor = field(kw_only=True)  # units of each head, int64, [B, Hkv]
+    longest: int = field(default=0, kw_only=True)
+
+    @property
+    def nbytes(self) -> int:
+        return self.slab.nbytes + self.lengths.nbytes
+
+    @property
+    def heads(self) -> int:
+        return self.lengths.shape[1]
+
+    @property
+    def width(self) -> int:
+        return self.longest
+
+    @property
+    def padding(self) -> Tensor:
+        return self.longest - self.lengths
+
+    def units(self) -> Units:
+        """The units in use, each head padded on the left to the longest one: [B, Hkv, longest, ...]."""
+        return self._padded().units()
+
+    def _padded(self) -> Units | Packed:
+        """As stored.
+
+        What stands in the padding is a copy of some unit, so that every number in it is finite.
+        """
+        slot = torch.arange(self.longest, device=self.lengths.device) - self.padding[..., None]
+        first = self.lengths.cumsum(1) - self.lengths
+        index = (first[..., None] + slot.clamp(min=0)).flatten(1)[:, None]  # [B, 1, Hkv * longest]
+        padded = self.slab[slice(0, self.heads * self.held)].gather(index)
+        return padded.map(lambda tensor: tensor[:, 0].unflatten(1, (self.heads, self.longest)))
+
+    @property
+    def joined_bytes(self) -> int:
+        return super().joined_bytes or (0 if self._joined is None else self._joined.nbytes)
+
+    def positions(self) -> Tensor:
+        """As for other layers, [B, Hkv, longest]; padding is -1."""
+        valid = torch.arange(self.longest, device=self.lengths.device) >= self.padding[..., None]
+        return self._padded().tensors()["position"].masked_fill(~valid, -1)
+
+    def append(self, new: Units, workspace: Units | None) -> Units:
+        old = self._padded() if self.held else self.slab.map(lambda tensor: tensor[:, :, :0].expand(
+            -1, self.heads, *(-1 for _ in tensor.shape[2:])))  # fmt: skip
+        self._source, self._joined = old.join(new)
+        return self._joined
+
+    def keep(self, keep: Tensor) -> None:
+        """Of the appended units only those at `keep` stay: [B, Hkv * b], head * S + index, ascending."""
+        self._store(keep)
+        self.evicted = True
+
+    def settle(self) -> None:
         assert self._joined is not None
-        assert len(self._joined) <= len(self.slab)
-        self.held, self._joined = len(self._joined), None
+        total = len(self._joined)
+        slot = torch.arange(total, device=self.lengths.device).expand(*self.lengths.shape, total)
+        real = (slot >= self.padding[..., None]).flatten(1)
+        count = self.heads * (self.held + total - self.longest)
+        self._store(real.byte().argsort(dim=1, descending=True, stable=True)[:, :count])
+
+    def _store(self, keep: Tensor) -> None:
+        assert self._source is not None
+        _write(self.slab, 0, self._source.flat().gather(keep[:, None]))
+        head = torch.div(keep, len(self._source), rounding_mode="floor")
+        self.lengths = torch.zeros_like(self.lengths).scatter_add_(1, head, torch.ones_like(keep))
+        self.longest = int(self.lengths.max())  # waits for the device: the next chunk's shapes depend on it
+        self._done(keep.shape[1] // self.heads)
+
+    def tensors(self) -> dict[str, Tensor]:
+        flat = self.slab[slice(0, self.heads * self.held)]
+        return {**flat.tensors(), "lengths": self.lengths}
+
+    def restore(self, tensors: dict[str, Tensor], *, evicted: bool) -> None:
+        super().restore(tensors, evicted=evicted)
+        self.held //= self.heads
+        self.lengths = tensors["lengths"].to(self.lengths.device)
+        self.longest = int(self.lengths.max())
+
+    def take_rows(self, indices: Tensor) -> None:
+        super().take_rows(indices)
+        self.lengths = self.lengths.index_select(0, indices)
 
 
 class KVCache:
     """The cache of one batch of equally long sequences.
 
     Args:
-        capacity: units per budgeted layer; None: slabs grow as needed and nothing is evicted.
+        capacity: units per budgeted layer, or one number a layer; None: slabs grow as needed and nothing is evicted.
         chunk_size: the largest number of units appended at once.
         windows: per layer, the sliding window or None.
+        state: numbers of the method's own per unit.
+        ragged: the KV heads of a layer share its capacity and may keep different numbers of units.
+        spare: room in every slab for a chunk that is evicted from after the forward pass only.
+        storage: the codec that slabs hold K and V in.
     """
 
     def __init__(
-        self, *, windows: list[int | None], batch: int, num_kv_heads: int, head_dim: int, capacity: int | None,
-        chunk_size: int, dtype: torch.dtype, device: torch.device, initial: int = 0,
+        self, *, windows: list[int | None], batch: int, num_kv_heads: int, head_dim: int,
+        capacity: int | Sequence[int] | None, chunk_size: int, dtype: torch.dtype, device: torch.device,
+        initial: int = 0, state: int = 0, ragged: bool = False, spare: int = 0, storage: str = "dense",
     ) -> None:  # fmt: skip
+        self.codec = None if storage == "dense" else get_codec(storage)
         self.capacity = capacity
         self.chunk_size = chunk_size
         self.seen = 0  # tokens read so far, kept or not
         self._shape = (batch, num_kv_heads)
-        self._head_dim, self._dtype, self._device = head_dim, dtype, device
-        full = initial if capacity is None else capacity
-        self.layers = [LayerCache(self._new(full if w is None else w - 1), w) for w in windows]
-        fixed = [len(layer.slab) for layer in self.layers if layer.window is not None or capacity is not None]
-        self.workspace = self._new(max(fixed) + chunk_size) if fixed else None
+        self._head_dim, self._dtype, self._device, self._state = head_dim, dtype, device, state
+        each = [initial if capacity is None else capacity] * len(windows) if not isinstance(capacity, Sequence) else (
+            capacity)  # fmt: skip
+        self.layers: list[LayerCache] = []
+        for units, window in zip(each, windows, strict=True):
+            if ragged and window is None:
+                lengths = torch.zeros(batch, num_kv_heads, dtype=torch.int64, device=device)
+                self.layers.append(RaggedLayer(self._new(num_kv_heads * units, heads=1), lengths=lengths))
+            else:
+                self.layers.append(LayerCache(self._new(units + spare if window is None else window - 1), window))
+        fixed = [len(layer.slab) for layer in self.layers
+                 if layer.window is not None or (capacity is not None and not ragged and not spare)]  # fmt: skip
+        self.workspace = self._dense(max(fixed) + chunk_size) if fixed and self.codec is None else None
         self.peak_bytes = self.nbytes + self.workspace_bytes
 
     def append(self, index: int, new: Units) -> Units:
@@ -165,13 +438,14 @@ class KVCache:
 
     @property
     def held(self) -> int:
-        """Units held by a layer that takes a budget (all of them hold the same number)."""
-        return next((layer.held for layer in self.layers if layer.window is None), 0)
+        """Units per KV head, on average over heads and layers that take a budget, rounded up."""
+        counts = [layer.held for layer in self.layers if layer.window is None]
+        return -(-sum(counts) // max(1, len(counts)))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the slabs as allocated: keys, values, scores, positions and flags."""
-        return sum(layer.slab.nbytes for layer in self.layers)
+        """Bytes of the slabs as allocated: keys, values, scores, positions, flags and the method's own numbers."""
+        return sum(layer.nbytes for layer in self.layers)
 
     @property
     def workspace_bytes(self) -> int:
@@ -185,9 +459,7 @@ class KVCache:
         """An independent copy: continuing one does not change the other. The workspace is shared: it holds nothing."""
         twin = object.__new__(KVCache)
         twin.__dict__.update(self.__dict__)
-        twin.layers = [
-            dataclasses.replace(layer, slab=Units(*(tensor.clone() for tensor in layer.slab))) for layer in self.layers
-        ]
+        twin.layers = [layer.copy() for layer in self.layers]
         twin.peak_bytes = twin.nbytes + twin.workspace_bytes
         return twin
 
@@ -196,16 +468,23 @@ class KVCache:
         twin = self.copy()
         twin._shape = (len(indices), self._shape[1])
         for layer in twin.layers:
-            layer.slab = Units(*(tensor.index_select(0, indices) for tensor in layer.slab))
+            layer.take_rows(indices)
         if self.workspace is not None:
-            twin.workspace = twin._new(len(self.workspace))
+            twin.workspace = twin._dense(len(self.workspace))
         return twin
 
-    def _new(self, units: int) -> Units:
-        return Units.empty(*self._shape, units, self._head_dim, self._dtype, self._device)
+    def _new(self, units: int, heads: int | None = None) -> Units | Packed:
+        if self.codec is None:
+            return self._dense(units, heads)
+        return Packed.empty(self.codec, self._shape[0], heads or self._shape[1], units, self._head_dim, self._dtype,
+                            self._device, self._state)  # fmt: skip
+
+    def _dense(self, units: int, heads: int | None = None) -> Units:
+        batch, all_heads = self._shape
+        return Units.empty(batch, heads or all_heads, units, self._head_dim, self._dtype, self._device, self._state)
 
     def _grow(self, layer: LayerCache, needed: int) -> None:
         larger = self._new(max(needed, len(layer.slab) + len(layer.slab) // 2))
-        larger.write(0, layer.units())
+        _write(larger, 0, layer.slab[slice(0, layer.held)])
         self.note_scratch(larger.nbytes)  # for a moment the old slab and the new one both exist
         layer.slab = larger

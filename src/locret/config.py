@@ -11,6 +11,7 @@ from locret.errors import ConfigError, unknown
 
 T = TypeVar("T")
 POSITIONS = ("compact", "original")
+STORAGE = ("dense", "int8", "int4", "int2")  # the codecs of `storage`
 _BYTE_UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -29,6 +30,8 @@ class CacheConfig:
             the trained window); "original" leaves every unit at the position it was read at.
         decode_interval: decode steps between two evictions once the budget is full; default an eighth of the budget,
             at most 128. The cache is compacted to budget - decode_interval units, so it never exceeds the budget.
+        storage: "dense", or how many bits a number of K and V takes: "int8", "int4", "int2". Each unit is quantised
+            once; a budget in bytes then holds more units.
     """
 
     budget: int | str = 16384
@@ -38,11 +41,14 @@ class CacheConfig:
     local_window: int | None = None
     positions: str = "compact"
     decode_interval: int | None = None
+    storage: str = "dense"
 
     def __post_init__(self) -> None:
         parse_budget(self.budget)
         if self.positions not in POSITIONS:
             raise unknown("positions", str(self.positions), POSITIONS)
+        if self.storage not in STORAGE:
+            raise unknown("storage", str(self.storage), STORAGE)
         for name, low in (("chunk_size", 1), ("num_sinks", 0), ("num_stabilizers", 0), ("local_window", 0),
                           ("decode_interval", 1)):  # fmt: skip
             value = getattr(self, name)
@@ -80,7 +86,7 @@ class CacheConfig:
                 f"max(num_stabilizers {stabilizers}, local_window {local}) + decode_interval {interval} = "
                 f"{pinned + interval}; raise the budget to at least {pinned + interval} or lower one of them"
             )
-        return CachePlan(budget, chunk, self.num_sinks, stabilizers, local, self.positions, interval)
+        return CachePlan(budget, chunk, self.num_sinks, stabilizers, local, self.positions, interval, self.storage)
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,7 @@ class CachePlan:
     local_window: int
     positions: str
     decode_interval: int
+    storage: str = "dense"
 
     @property
     def decode_target(self) -> int | None:

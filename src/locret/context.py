@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from locret import chat
-from locret.cache import NAMES
 from locret.config import CachePlan, Sampling
 from locret.decode import Decoder, Output, Stream
 from locret.errors import ConfigError, ContextError
@@ -155,14 +154,17 @@ class Context:
         return twin
 
     def kept(self) -> list[Tensor]:
-        """Original positions of the kept units, one int64 [Hkv, S] a layer, ascending."""
-        return [layer.units().position[0].cpu() for layer in self._reader.cache.layers]
+        """Original positions of the kept units, one int64 [Hkv, S] a layer, ascending.
+
+        Where KV heads keep different numbers, shorter ones begin with -1.
+        """
+        return [layer.positions()[0].cpu() for layer in self._reader.cache.layers]
 
     def save(self, path: str | Path) -> None:
         """Write it to one safetensors file; an old file there stays whole until the new one is complete."""
         tensors = {"ids": self.ids}
         for i, layer in enumerate(self._reader.cache.layers):
-            for name, tensor in zip(NAMES, layer.units(), strict=True):
+            for name, tensor in layer.tensors().items():
                 tensors[f"{i}.{name}"] = tensor.contiguous()
         state = {
             "format": _FORMAT,
@@ -195,7 +197,8 @@ class Context:
             )
             for i, layer in enumerate(reader.cache.layers):
                 try:
-                    layer.restore(*(tensors[f"{i}.{name}"] for name in NAMES), evicted=state["evicted"][i])
+                    own = {name.split(".", 1)[1]: t for name, t in tensors.items() if name.startswith(f"{i}.")}
+                    layer.restore(own, evicted=state["evicted"][i])
                 except (KeyError, RuntimeError, IndexError) as error:
                     raise ContextError(f"{path}: layer {i} is missing or has other shapes than this model") from error
         context = cls(llm, reader, lead=state["lead"])

@@ -6,6 +6,9 @@ In every layer, as soon as it is done with a chunk, only the best `budget` units
     pinned = sinks, protected spans, the newest units
     newest = num_stabilizers while prefill goes on, none after the last chunk, the local window after that one
 
+Methods may share the budget out among layers, or among the KV heads of a layer; the total stays. A method that scores
+tokens by the model's own logits is asked after the forward pass: its slabs have room for a chunk.
+
 (arXiv:2410.01805, Algorithm 1; there the local window lies outside the budget, here everything is inside it.)
 
 Shapes: B batch, T prompt, C chunk, P cached units, S = P + C, Hq/Hkv heads, D head dim.
@@ -13,9 +16,11 @@ Shapes: B batch, T prompt, C chunk, P cached units, S = P + C, Hq/Hkv heads, D h
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,8 +30,9 @@ from locret.cache import KVCache, LayerCache, Units, unit_bytes
 from locret.config import CacheConfig, CachePlan
 from locret.errors import ConfigError, NumericsError
 from locret.kernels.attention import prefix_causal_attention
-from locret.methods.base import ChunkView, Method
-from locret.select import check_pins, finite, pin, select
+from locret.methods.base import ChunkView, Joined, Method
+from locret.observe import AttentionProbe, surprisal
+from locret.select import check_pins, finite, pin
 
 Progress = Callable[[int, int], object]
 
@@ -41,6 +47,8 @@ class Reader:
     cache: KVCache
     rope: Rope
     num_protected: int = 0
+    budgets: list[int] = field(default_factory=list)  # per layer; layers with a window do not read theirs
+    last_logits: Tensor | None = None  # [B, V], for methods that want surprisal
 
     @classmethod
     def start(
@@ -56,12 +64,17 @@ class Reader:
             num_protected: units the caller will mark.
         """
         windows = [layer.window for layer in backbone.layers]
-        each = unit_bytes(backbone.head_dim, backbone.dtype) * backbone.num_kv_heads
+        each = unit_bytes(backbone.head_dim, backbone.dtype, len(method.state), config.storage) * backbone.num_kv_heads
         fixed = sum((w - 1) * each for w in windows if w is not None)
+        if method.wants_surprisal:
+            fixed += windows.count(None) * each * (config.chunk_size or 3072)
+        if method.ragged:
+            fixed += windows.count(None) * backbone.num_kv_heads * 8  # their lengths
         plan = config.resolve(prompt_len=prompt_len, unit_bytes=max(1, windows.count(None)) * each, fixed_bytes=fixed,
                               num_protected=num_protected)  # fmt: skip
         if not method.evicts:
-            plan = CachePlan(None, plan.chunk_size, 0, 0, 0, plan.positions, plan.decode_interval)
+            plan = dataclasses.replace(plan, budget=None, num_sinks=0, num_stabilizers=0, local_window=0)
+        method.check(plan)
         total = None if prompt_len is None or new_tokens is None else prompt_len + new_tokens
         return cls._allocate(backbone, method, plan, batch, prompt_len, total, num_protected)
 
@@ -78,23 +91,26 @@ class Reader:
         total: int | None, num_protected: int,
     ) -> Reader:  # fmt: skip
         initial = total or prompt_len or 0
-        capacity = None if plan.budget is None else min(plan.budget, total or plan.budget)
+        windows = [layer.window for layer in backbone.layers]
+        budgets = _layer_budgets(method, plan, windows, num_protected)
+        capacity = None if plan.budget is None else [min(budget, total or budget) for budget in budgets]
         chunk = min(plan.chunk_size, total or plan.chunk_size)
         cache = KVCache(
-            windows=[layer.window for layer in backbone.layers], batch=batch, num_kv_heads=backbone.num_kv_heads,
-            head_dim=backbone.head_dim, capacity=capacity, chunk_size=chunk, dtype=backbone.dtype,
-            device=backbone.device, initial=initial,
+            windows=windows, batch=batch, num_kv_heads=backbone.num_kv_heads, head_dim=backbone.head_dim,
+            capacity=capacity, chunk_size=chunk, dtype=backbone.dtype, device=backbone.device, initial=initial,
+            state=len(method.state), ragged=method.ragged, spare=chunk if method.wants_surprisal else 0,
+            storage=plan.storage,
         )  # fmt: skip
         # families with length-dependent frequencies choose them once, by the longest position they will be shown
         longest, reach = prompt_len or model_length(backbone.model), initial + chunk
         if capacity is not None and plan.positions == "compact":
-            reach = capacity + chunk
+            reach = max(capacity) + chunk
             longest = min(longest, reach)
-        return cls(backbone, method, plan, cache, backbone.rope(reach + 1, longest), num_protected)
+        return cls(backbone, method, plan, cache, backbone.rope(reach + 1, longest), num_protected, budgets)
 
     def copy(self) -> Reader:
         """An independent copy; the rotation tables are shared, they only grow."""
-        return Reader(self.backbone, self.method, self.plan, self.cache.copy(), self.rope, self.num_protected)
+        return dataclasses.replace(self, cache=self.cache.copy())
 
     def read(
         self, ids: Tensor, *, local_window: int | None = None, more: bool = False, protected: Tensor | None = None,
@@ -156,8 +172,13 @@ class Reader:
     def _forward(
         self, ids: Tensor, target: int | None, newest: int, protected: Tensor | None, *, logits: int
     ) -> Tensor | None:
-        chunk = _ChunkPass(self, target, newest, protected)
-        out = self.backbone.run(ids, chunk, logits=logits)
+        chunk = _ChunkPass(self, target, newest, protected, ids.shape[1])
+        late = self.method.wants_surprisal
+        out = self.backbone.run(ids, chunk, logits=ids.shape[1] if late else logits)
+        if late:
+            assert out is not None
+            chunk.score_tokens(surprisal(out, ids, self.last_logits))
+            self.last_logits = out[:, -1]
         if not bool(chunk.finite):
             raise NumericsError(
                 f"method {self.method.name!r} gave NaN or infinite scores between tokens {self.cache.seen} and "
@@ -171,37 +192,54 @@ class Reader:
 class _ChunkPass:
     """The `LayerContext` of one chunk or one decode step."""
 
-    def __init__(self, reader: Reader, target: int | None, newest: int, protected: Tensor | None) -> None:
+    def __init__(self, reader: Reader, target: int | None, newest: int, protected: Tensor | None, chunk: int) -> None:
         self.reader, self.cache, self.plan = reader, reader.cache, reader.plan
         self.target, self.newest, self.protected = target, newest, protected
-        self.start = reader.cache.seen
+        self.start, self.chunk = reader.cache.seen, chunk
         self.wants_hidden = reader.method.wants_hidden
         self.finite: Tensor | bool = True
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
-        held = self.cache.layers[layer]
+        method, held = self.reader.method, self.cache.layers[layer]
         window = held.window
-        before = held.held
-        scores = self._early_scores(layer, q, k, v, call) if window is None else k.new_zeros(k.shape[:3])
-        units = self.cache.append(layer, self._new_units(k, v, scores))
-        q_rotated, keys = self._rotate(layer, held, q, units.k, before)
-        self.cache.note_scratch(keys.nbytes)
-        out = prefix_causal_attention(q_rotated, keys, units.v, scale=call.scale, softcap=call.softcap, window=window)
+        before = held.width
+        view = ChunkView(layer, q, k, v, self.start, call.scale, call.hidden)
+        early = window is None and method.evicts and not method.rescoring and not method.wants_surprisal
+        units = self.cache.append(
+            layer, self._new_units(k, v, method.score(view) if early else k.new_zeros(k.shape[:3]))
+        )
+        padding = held.padding
+        q_rotated, keys = self._rotate(layer, held, q, units, before, padding)
+        bias = None if padding is None else _hide(padding, len(units), q.dtype)
+        out = prefix_causal_attention(
+            q_rotated, keys, units.v, scale=call.scale, softcap=call.softcap, window=window, bias=bias
+        )
+        scratch = keys.nbytes + held.joined_bytes
         if window is not None:
             self._keep_window(held, len(units), window)
-            return out
-        if self.reader.method.rescoring:
-            view = ChunkView(layer, q, k, v, self.start, call.scale, call.hidden, q_rotated, keys,
-                             units.score[..., :before])  # fmt: skip
-            units.score.copy_(self.reader.method.score(view))
-        self._evict(held, units, layer)
+        elif method.wants_surprisal:
+            held.settle()  # scored and evicted when the logits are there
+        else:
+            if method.rescoring:
+                probe = AttentionProbe(q_rotated, keys, call.scale, call.softcap, bias)
+                ahead = functools.partial(self._ahead, layer, len(units))
+                view = dataclasses.replace(view, joined=Joined(units, keys, probe, ahead))
+                units.score.copy_(method.score(view))
+                scratch += probe.scratch_bytes
+            self._evict(held, units, view)
+        self.cache.note_scratch(scratch)
         return out
 
-    def _early_scores(self, layer: int, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
-        method = self.reader.method
-        if method.rescoring or not method.evicts:
-            return k.new_zeros(k.shape[:3])
-        return method.score(ChunkView(layer, q, k, v, self.start, call.scale, call.hidden))
+    def score_tokens(self, nats: Tensor) -> None:
+        """After the forward pass: score every layer's units by the surprisal of their tokens, and evict."""
+        for layer, held in enumerate(self.cache.layers):
+            if held.window is None:
+                units = held.reopen()
+                old = units.score[..., : len(units) - nats.shape[1]]
+                evicting = len(units) > self.reader.budgets[layer]
+                units.score.copy_(self.reader.method.score_tokens(old, nats, evicting=evicting))
+                view = ChunkView(layer, units.k, units.k, units.v, self.start, 1.0)
+                self._evict(held, units, view)
 
     def _new_units(self, k: Tensor, v: Tensor, scores: Tensor) -> Units:
         b, h, c, _ = k.shape
@@ -210,26 +248,38 @@ class _ChunkPass:
             protected = torch.zeros((), dtype=torch.bool, device=k.device).expand(b, h, c)
         else:
             protected = self.protected.to(k.device).expand(b, h, c)
-        return Units(k, v, scores, position, protected)
+        state = k.new_zeros(b, h, c, len(self.reader.method.state), dtype=torch.float32)
+        return Units(k, v, scores, position, protected, state)
 
-    def _rotate(self, layer: int, held: LayerCache, q: Tensor, keys: Tensor, before: int) -> tuple[Tensor, Tensor]:
+    def _rotate(
+        self, layer: int, held: LayerCache, q: Tensor, units: Units, before: int, padding: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Queries and all keys at the angles that the position policy gives them.
 
         Kept whole or re-numbered, units lie at first, first + 1, ...; only an evicted cache under "original" has gaps,
-        and other ones in every head.
+        and other ones in every head. Ragged heads are numbered each from its own first unit.
         """
-        rope, count, c = self.reader.rope, keys.shape[2], q.shape[2]
+        rope, count, c = self.reader.rope, len(units), q.shape[2]
         original = self.plan.positions == "original"
         if original:
             rope.grow(self.start + c)
-        if original and held.evicted and held.window is None:
-            assert held._joined is not None
+        if original and held.window is None and (held.evicted or padding is not None):
             at = torch.arange(self.start, self.start + c, device=q.device)
-            return rope.rotate(layer, q, at), rope.rotate(layer, keys, held._joined.position)
+            return rope.rotate(layer, q, at), rope.rotate(layer, units.k, units.position)
         first = self.start - before if original else 0
         rope.grow(first + count)
         at = torch.arange(first, first + count, device=q.device)
-        return rope.rotate(layer, q, at[before:]), rope.rotate(layer, keys, at)
+        if padding is None:
+            return rope.rotate(layer, q, at[before:]), rope.rotate(layer, units.k, at)
+        own = (at - padding[..., None]).clamp(min=0)  # [B, Hkv, S]
+        queries = own[:, :, before:].repeat_interleave(q.shape[1] // own.shape[1], 1)
+        return rope.rotate(layer, q, queries), rope.rotate(layer, units.k, own)
+
+    def _ahead(self, layer: int, count: int, x: Tensor) -> Tensor:
+        """x [B, H, T, D] at the angles of the T positions behind a layer's newest unit."""
+        first = self.start + self.chunk if self.plan.positions == "original" else count
+        self.reader.rope.grow(first + x.shape[2])
+        return self.reader.rope.rotate(layer, x, torch.arange(first, first + x.shape[2], device=x.device))
 
     def _keep_window(self, held: LayerCache, count: int, window: int) -> None:
         if count > window - 1:
@@ -237,13 +287,41 @@ class _ChunkPass:
         else:
             held.settle()
 
-    def _evict(self, held: LayerCache, units: Units, layer: int) -> None:
-        if self.reader.method.evicts:
+    def _evict(self, held: LayerCache, units: Units, view: ChunkView) -> None:
+        method = self.reader.method
+        if method.evicts:
             self.finite = finite(units.score) & self.finite
-        budget = self.plan.budget
-        if budget is None or self.target is None or len(units) <= budget:
+        if self.plan.budget is None or self.target is None:
             held.settle()
             return
+        budget, padding = self.reader.budgets[view.layer], held.padding
+        total = len(units) if padding is None else held.held + len(units) - held.width
+        if total <= budget:
+            held.settle()
+            return
+        target = budget - (self.plan.budget - self.target)
+        check_pins(self.plan.num_sinks + self.reader.num_protected + self.newest, target)
         pinned = pin(units.protected, num_sinks=self.plan.num_sinks, num_newest=self.newest, positions=units.position)
-        check_pins(self.plan.num_sinks + self.reader.num_protected + self.newest, self.target)
-        held.keep(select(units.score, self.target, pinned))
+        scores = units.score
+        if padding is not None:
+            pad = torch.arange(len(units), device=padding.device) < padding[..., None]
+            pinned, scores = pinned & ~pad, scores.masked_fill(pad, float("-inf"))
+        held.keep(method.select(scores, target, pinned, view))
+
+
+def _hide(padding: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """Bias that hides what a ragged head is padded with, [B, Hkv, S]."""
+    pad = torch.arange(count, device=padding.device) < padding[..., None]
+    return torch.zeros(pad.shape, dtype=dtype, device=pad.device).masked_fill(pad, float("-inf"))
+
+
+def _layer_budgets(method: Method, plan: CachePlan, windows: list[int | None], num_protected: int) -> list[int]:
+    """Units per layer: what is pinned fits every one, and the method shares out the rest."""
+    if plan.budget is None:
+        return [0] * len(windows)
+    newest = max(plan.num_stabilizers, plan.local_window)
+    pinned = min(plan.budget, plan.num_sinks + num_protected + newest + plan.decode_interval)
+    shares = method.budgets(plan.budget - pinned, windows.count(None))
+    assert sum(shares) == (plan.budget - pinned) * windows.count(None), "layers share one total"
+    left = iter(shares)
+    return [plan.budget if window is not None else pinned + next(left) for window in windows]

@@ -39,6 +39,48 @@ def select(scores: Tensor, budget: int, pinned: Tensor) -> Tensor:
     return ranked.topk(budget, dim=-1).indices.sort(dim=-1).values
 
 
+def select_across_heads(scores: Tensor, budget: int, pinned: Tensor, *, floor: int) -> Tensor:
+    """Like `select`, but the KV heads of a layer share Hkv * budget units; each keeps at least `floor`.
+
+    Args:    scores: as for `select`, -inf for what is no unit (never taken: a layer has enough units).
+    Returns: int64, [B, Hkv * budget], head * S + index, ascending.
+    """
+    heads = scores.shape[1]
+    ranked = scores.float().masked_fill(pinned, float("inf"))
+    safe = ranked.topk(floor, dim=-1)
+    ranked = ranked.scatter(-1, safe.indices, safe.values.masked_fill(safe.values > float("-inf"), float("inf")))
+    order = ranked.flatten(1).argsort(
+        dim=-1, descending=True, stable=True
+    )  # ties: how far heads are padded is no matter
+    return order[:, : heads * budget].sort(dim=-1).values
+
+
+def ranks(values: Tensor) -> Tensor:
+    """0 for the largest of the last dimension, 1 for the next ...; int64, same shape."""
+    order = values.argsort(dim=-1, descending=True, stable=True)
+    return torch.empty_like(order).scatter_(
+        -1, order, torch.arange(values.shape[-1], device=values.device).expand_as(order)
+    )
+
+
+def draws(seed: int, layer: int, positions: Tensor) -> Tensor:
+    """Uniform numbers in (0, 1) that depend on seed, layer, KV head and position only. positions: int64, [B, Hkv, S].
+
+    A row of a batch, a chunking or a device therefore changes nothing.
+    """
+    head = torch.arange(positions.shape[1], device=positions.device)[:, None]
+    bits = _mix(_mix(_mix(torch.full_like(head, seed) + layer) + head) + positions)
+    return ((bits & 0xFFFFFF).float() + 0.5) / 2**24
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Spread 64-bit integers (splitmix64; products wrap around)."""
+    x = x + 0x1E3779B97F4A7C15
+    x = (x ^ (x >> 30)) * 0x3F58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x14D049BB133111EB
+    return x ^ (x >> 31)
+
+
 def check_pins(count: int, budget: int) -> None:
     """Raise a ConfigError when `count` pinned units do not fit a budget."""
     if count > budget:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
 import sys
 import uuid
 from pathlib import Path
@@ -201,6 +203,35 @@ def test_resumed_run_is_the_uninterrupted_run(tmp_path):
     assert resumed.position["step"] == whole.position["step"] == 7
     for (name, ours), theirs in zip(resumed.model.named_parameters(), whole.model.parameters()):
         assert torch.equal(ours, theirs), name
+
+
+def test_two_processes_train_the_weights_of_one(tmp_path):
+    """Each has half of every batch; the sums of their gradients are the whole batch's."""
+    script = tmp_path / "process.py"
+    script.write_text(
+        f"""import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]
+import os, torch, test_embedded as t
+recipe = t.tiny_recipe(micro_tokens=32)
+trainer = t.run(recipe, t.Path({str(tmp_path)!r}) / "both")
+torch.save(trainer.model.state_dict(), {str(tmp_path)!r} + "/rank" + os.environ["RANK"])
+"""
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    alone = run(tiny_recipe(micro_tokens=32), tmp_path / "alone").model.state_dict()
+    first, second = (torch.load(tmp_path / f"rank{rank}") for rank in (0, 1))
+    for name, weight in alone.items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], weight, rtol=1e-4, atol=1e-5)
+    lines = (tmp_path / "both" / "metrics.jsonl").read_text().splitlines()
+    trained = [record for record in map(json.loads, lines) if record["kind"] == "train"]
+    assert trained[-1]["tokens"] == 4 * 128 + 3 * 64, "tokens of both, logged by one"
+
+
+def test_more_processes_than_a_batch_can_be_shared_by_is_an_error():
+    with pytest.raises(ConfigError, match="3 processes cannot share 128 tokens"):
+        tiny_recipe().check_team(3)
 
 
 def test_run_learns_reports_and_evaluates(tmp_path):

@@ -57,7 +57,7 @@ def kept_counts(context: Context) -> tuple[list[int], int]:
     pairs = 0
     for spec, positions in zip(context.llm.backbone.layers, context.kept(), strict=True):
         if spec.window is None:
-            counts += torch.bincount(positions.flatten(), minlength=context.seen)
+            counts += torch.bincount(positions[positions >= 0], minlength=context.seen)
             pairs += positions.shape[0]
     return counts.tolist(), pairs
 

@@ -88,6 +88,11 @@ class ModelOptions:
         ),
     ] = None
 
+    storage: Annotated[
+        str | None,
+        Option("--storage", help="Bits of a number: dense, int8, int4, int2 (default: dense).", rich_help_panel=_CACHE),
+    ] = None
+
     def load_options(self) -> dict[str, Any]:
         """Keyword arguments of `locret.load` besides the model."""
         given = {
@@ -99,6 +104,7 @@ class ModelOptions:
             "local_window": self.local_window,
             "num_sinks": self.sinks,
             "positions": self.positions,
+            "storage": self.storage,
         }
         return {
             "device": self.device,

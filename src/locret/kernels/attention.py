@@ -6,8 +6,8 @@ No [T, S] mask and no score matrix is built:
 * CUDA, bf16/fp16: one FlashAttention-2 call; it is lower-right causal, takes fewer KV heads and a window as they are.
 * elsewhere: two fused calls, prefix (all visible) and chunk (square causal), merged by their log-sum-exps:
       w = sigmoid(lse_b - lse_a);  out = lerp(out_a, out_b, w)
-* softcap or a window where no fused kernel takes it: plain matmuls over blocks of query rows, so that the largest
-  temporary is [rows, keys visible to those rows].
+* softcap, a bias, or a window where no fused kernel takes it: plain matmuls over blocks of query rows, so that the
+  largest temporary is [rows, keys visible to those rows].
 
 Shapes: B batch, T chunk, S keys, Hq/Hkv heads, G = Hq // Hkv, D head dim.
 """
@@ -21,8 +21,9 @@ _ROWS = 256  # query rows per block of the blocked path
 
 
 def prefix_causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None = None, window: int | None = None
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None = None, window: int | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Attention of T queries over S keys, the last T of which are the queries' own.
 
     Args:
@@ -31,27 +32,31 @@ def prefix_causal_attention(
         scale: factor on the logits.
         softcap: logits become softcap * tanh(logits / softcap).
         window: query t sees only its own and the window - 1 keys before it.
+        bias: added to the logits of every key, after the softcap, [B, Hkv, S]; -inf hides a key.
 
     Returns: [B, Hq, T, D] in q's dtype.
     """
     if window is not None and window >= k.shape[2]:
         window = None
-    if softcap is None and _flash_takes(q):
+    if softcap is not None or bias is not None or (window is not None and not _flash_takes(q)):
+        return _blocked(q, k, v, scale, softcap, window, bias)
+    if _flash_takes(q):
         return _flash(q, k, v, scale, window)
-    if softcap is not None or window is not None:
-        return _blocked(q, k, v, scale, softcap, window)
     return _two_parts(q, k, v, scale)
 
 
 def reference_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None = None, window: int | None = None
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None = None, window: int | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The meaning, in float64 with a full mask: what every path above must equal."""
     q, k, v = q.double(), k.double(), v.double()
     groups, t, s = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
     logits = q @ k.repeat_interleave(groups, 1).mT * scale  # [B, Hq, T, S]
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
+    if bias is not None:
+        logits = logits + bias.double().repeat_interleave(groups, 1)[:, :, None]
     distance = torch.arange(s - t, s, device=q.device)[:, None] - torch.arange(s, device=q.device)
     seen = distance >= 0
     if window is not None:
@@ -98,7 +103,9 @@ def _part(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> tup
     return out, lse
 
 
-def _blocked(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, window: int | None) -> Tensor:
+def _blocked(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, window: int | None, bias: Tensor | None
+) -> Tensor:
     b, hq, t, d = q.shape
     hkv, s = k.shape[1], k.shape[2]
     out = torch.empty_like(q)
@@ -112,6 +119,8 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | Non
         logits = (rows @ k[:, :, None, low:high].to(wide).mT).mul_(scale)  # [B, Hkv, G, rows, keys]
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
+        if bias is not None:
+            logits = logits + bias[:, :, None, None, low:high].to(wide)
         distance = torch.arange(first, high, device=q.device)[:, None] - torch.arange(low, high, device=q.device)
         hidden = distance < 0
         if window is not None:

@@ -1,9 +1,44 @@
 """One file per published method. Importing this package registers them all."""
 
-from locret.methods import full, knorm, locret, random, recency, snapkv
-from locret.methods.base import ChunkView, Method, MethodInfo, get_method, list_methods, register
+from locret.methods import (
+    adakv,
+    cascading,
+    corm,
+    csp,
+    expected_attention,
+    fastkvzip,
+    full,
+    h2o,
+    keydiff,
+    knorm,
+    kvzap,
+    lagkv,
+    locret,
+    nacl,
+    prefixkv,
+    pyramidkv,
+    random,
+    recency,
+    sirllm,
+    snapkv,
+    streamingllm,
+    tova,
+)  # fmt: skip
+from locret.methods.base import (
+    ChunkView,
+    Method,
+    MethodInfo,
+    find_method,
+    get_method,
+    list_methods,
+    method_options,
+    method_slots,
+    register,
+)  # fmt: skip
 
 __all__ = [
-    "ChunkView", "Method", "MethodInfo", "full", "get_method", "knorm", "list_methods", "locret", "random", "recency",
-    "register", "snapkv",
+    "ChunkView", "Method", "MethodInfo", "adakv", "cascading", "corm", "csp", "expected_attention", "fastkvzip",
+    "find_method", "full", "get_method", "h2o", "keydiff", "knorm", "kvzap", "lagkv", "list_methods", "locret",
+    "method_options", "method_slots", "nacl", "prefixkv", "pyramidkv", "random", "recency", "register", "sirllm",
+    "snapkv", "streamingllm", "tova",
 ]  # fmt: skip

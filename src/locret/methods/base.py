@@ -1,18 +1,28 @@
-"""What an eviction method is: a score per unit. Pins, budgets, positions and bytes are not its job.
+"""What an eviction method is: a score per unit, and where its paper has them, budgets and a selection of its own.
 
-Shapes: B batch, C new units (a chunk), P units cached before it, S = P + C, Hq/Hkv heads, D head dim.
+Pins, positions and bytes are not its job. Every slot besides the score has a default:
+
+    score    how valuable is a unit?          each method's own
+    budgets  how many stay in each layer?     the same number everywhere
+    select   which stay?                      the best scores of each KV head
+
+Shapes: B batch, C new units (a chunk), P units cached before it, S = P + C, Hq/Hkv heads, D head dim, L layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
+from locret.cache import Units
+from locret.config import CachePlan
 from locret.errors import ConfigError, unknown
 from locret.heads import RetainingHeads
+from locret.observe import AttentionProbe
+from locret.select import select
 
 
 @dataclass(frozen=True)
@@ -26,10 +36,23 @@ class ChunkView:
     start: int  # original position of the chunk's first token
     scale: float  # of the attention logits
     hidden: Tensor | None = None  # what the layer's projections read, [B, C, E]; for methods that want it
-    # filled in for methods that score again what is cached
-    q_rotated: Tensor | None = None  # [B, Hq, C, D]
-    keys: Tensor | None = None  # rotated keys of all units, [B, Hkv, S, D]
-    old_scores: Tensor | None = None  # [B, Hkv, P]
+    joined: Joined | None = None  # for methods that score again what is cached
+
+    @property
+    def all(self) -> Joined:
+        """All units, old and new; only for methods that set `rescoring`."""
+        assert self.joined is not None, "the method does not say rescoring = True"
+        return self.joined
+
+
+@dataclass(frozen=True)
+class Joined:
+    """All units of a layer, the chunk's last: what a method sees that scores cached units again."""
+
+    units: Units  # k (before RoPE), v, score (of the P old units; 0 for new ones), position, state: [B, Hkv, S, ...]
+    keys: Tensor  # rotated, [B, Hkv, S, D]
+    attention: AttentionProbe  # of the chunk's queries over all units
+    ahead: Callable[[Tensor], Tensor]  # x [B, H, T, D] at the angles of the T positions that follow
 
 
 class Method:
@@ -38,16 +61,46 @@ class Method:
     name: ClassVar[str]
     paper: ClassVar[str] = ""
     summary: ClassVar[str]
-    query_aware: ClassVar[bool] = False
+    variant: ClassVar[str] = ""  # how it differs from the paper, in a few words; chunked prefill makes many differ
+    query_aware: ClassVar[bool] = False  # queries vote, the question's too where it is part of the prompt
     bounded_prefill: ClassVar[bool] = True
     trained: ClassVar[bool] = False
     evicts: ClassVar[bool] = True
     wants_hidden: ClassVar[bool] = False  # True: `ChunkView.hidden` is filled in
+    wants_surprisal: ClassVar[bool] = False  # True: `score_tokens` is asked after the forward pass, `score` never
     rescoring: ClassVar[bool] = False  # True: `score` returns new scores for cached units too
+    ragged: ClassVar[bool] = False  # True: `select` shares a layer's budget among its KV heads
+    state: ClassVar[
+        tuple[str, ...]
+    ] = ()  # numbers of its own that move with every unit: `view.all.units.state[..., i]`
 
     def score(self, view: ChunkView) -> Tensor:
-        """Scores of the new units, [B, Hkv, C], or of all S units when `rescoring`; higher is kept."""
+        """Scores of the new units, fp32 [B, Hkv, C], or of all S units when `rescoring`; higher is kept."""
         raise NotImplementedError
+
+    def score_tokens(self, old: Tensor, surprisal: Tensor, *, evicting: bool) -> Tensor:
+        """Scores of all units from what the model made of the chunk's tokens. old [B, Hkv, P]; surprisal [B, C], nats.
+
+        Returns: fp32 [B, Hkv, S].
+        """
+        raise NotImplementedError
+
+    def budgets(self, free: int, layers: int) -> list[int]:
+        """How many units that are not pinned each layer may hold, where `free` would be the same everywhere.
+
+        The sum must be free * layers: methods are compared at equal bytes.
+        """
+        return [free] * layers
+
+    def select(self, scores: Tensor, budget: int, pinned: Tensor, view: ChunkView) -> Tensor:
+        """Indices of what stays, ascending: [B, Hkv, budget], or flat [B, Hkv * budget] when `ragged`.
+
+        scores: [B, Hkv, S], finite, -inf only where a ragged head is padded; pinned: bool, [B, Hkv, S].
+        """
+        return select(scores, budget, pinned)
+
+    def check(self, plan: CachePlan) -> None:
+        """Raise a ConfigError when the options do not go with the cache's."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +113,7 @@ class MethodInfo:
     query_aware: bool
     bounded_prefill: bool
     trained: bool
+    variant: str
 
 
 M = TypeVar("M", bound=type[Method])
@@ -78,14 +132,19 @@ def register(name: str) -> Callable[[M], M]:
     return add
 
 
+def find_method(name: str) -> type[Method]:
+    """The class of a method; a ConfigError that names the nearest for unknown names."""
+    if name not in _METHODS:
+        raise unknown("method", name, _METHODS)
+    return _METHODS[name]
+
+
 def get_method(name: str, *, heads: RetainingHeads | None = None, **options: Any) -> Method:
     """The method called `name`, with its options.
 
     Raises: ConfigError: unknown name or option (the nearest is named), or a trained method without heads.
     """
-    if name not in _METHODS:
-        raise unknown("method", name, _METHODS)
-    cls = _METHODS[name]
+    cls = find_method(name)
     names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
     for key in options:
         if key not in names:
@@ -104,3 +163,78 @@ def list_methods() -> list[MethodInfo]:
     return [
         MethodInfo(*(getattr(cls, field.name) for field in fields(MethodInfo))) for _, cls in sorted(_METHODS.items())
     ]
+
+
+def method_options(name: str) -> dict[str, Any]:
+    """The options of a method and their defaults, in order; without heads, which are files."""
+    found = fields(find_method(name))  # type: ignore[arg-type]
+    return {field.name: field.default for field in found if field.default is not MISSING}
+
+
+def method_slots(name: str) -> dict[str, str]:
+    """What a method puts into each slot, in words."""
+    cls = find_method(name)
+
+    def own(slot: str) -> bool:
+        return getattr(cls, slot) is not getattr(Method, slot)
+
+    reads = "the logits of every token, after the forward pass" if cls.wants_surprisal else (
+        "all units after every chunk" if cls.rescoring else "new units, once")  # fmt: skip
+    return {
+        "score": "none: nothing is evicted" if not cls.evicts else reads,
+        "budget": "per layer, same total" if own("budgets") else "per KV head, same total" if cls.ragged else "uniform",
+        "select": "its own" if own("select") and not cls.ragged else "best scores",
+        "state": ", ".join(cls.state) or "none",
+    }
+
+
+def positive(method: str, **options: int) -> None:
+    """Raise a ConfigError for an option that is not a whole number above 0."""
+    for name, value in options.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{method}: {name} is {value!r}; it must be a whole number >= 1")
+
+
+def within(method: str, low: float, high: float, **options: float) -> None:
+    """Raise a ConfigError for an option outside low .. high."""
+    for name, value in options.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise ConfigError(f"{method}: {name} is {value!r}; it must be a number from {low:g} to {high:g}")
+
+
+def one_of(method: str, allowed: tuple[str, ...], **options: str) -> None:
+    """Raise a ConfigError for an option that is none of the allowed names."""
+    for name, value in options.items():
+        if value not in allowed:
+            raise unknown(f"{method}: {name}", str(value), allowed)
+
+
+def window_fits(method: str, window: int, plan: CachePlan) -> None:
+    """Raise a ConfigError for a window of queries that no chunk is long enough for."""
+    if window > plan.chunk_size:
+        raise ConfigError(f"{method}: window {window} is larger than the chunk ({plan.chunk_size} tokens); "
+                          f"allowed are 1 to {plan.chunk_size}, or raise chunk_size")  # fmt: skip
+
+
+class Wrapped(Method):
+    """A method that scores as another one does and has a slot of its own besides.
+
+    Its dataclass has a field `base`: a method's name, or a `Method` with options (and heads).
+    """
+
+    base: str | Method
+    scores: Method  # the one that does
+
+    def __post_init__(self) -> None:
+        scores = get_method(self.base) if isinstance(self.base, str) else self.base
+        if not scores.evicts or scores.ragged or scores.wants_surprisal or isinstance(scores, Wrapped):
+            raise ConfigError(f"{self.name}: base {scores.name!r} does not score units by itself")
+        object.__setattr__(self, "scores", scores)
+        for slot in ("rescoring", "state", "wants_hidden", "query_aware", "trained"):
+            object.__setattr__(self, slot, getattr(scores, slot))
+
+    def check(self, plan: CachePlan) -> None:
+        self.scores.check(plan)
+
+    def score(self, view: ChunkView) -> Tensor:
+        return self.scores.score(view)

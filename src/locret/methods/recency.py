@@ -1,4 +1,4 @@
-"""Sinks and the newest units: StreamingLLM (arXiv:2309.17453) when num_sinks is 4 and positions are compact."""
+"""The newest units, and the sinks that the cache pins: a plain sliding window where num_sinks is 0."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,11 +14,9 @@ from locret.methods.base import ChunkView, Method, register
 class Recency(Method):
     """Units lie in position order, so their index is their age; sinks are pinned by the cache, not scored here."""
 
-    paper: ClassVar[str] = "arXiv:2309.17453"
-    summary: ClassVar[str] = "attention sinks and the newest units stay (StreamingLLM)"
+    summary: ClassVar[str] = "the newest units stay"
     rescoring: ClassVar[bool] = True  # an index stays exact in fp32 where a position past 2**24 would not
 
     def score(self, view: ChunkView) -> Tensor:
-        assert view.keys is not None
-        b, h, s, _ = view.keys.shape
-        return torch.arange(s, device=view.keys.device, dtype=torch.float32).expand(b, h, s)
+        scores = view.all.units.score
+        return torch.arange(scores.shape[-1], device=scores.device, dtype=torch.float32).expand_as(scores)

@@ -45,7 +45,7 @@ TASKS: dict[str, TaskInfo] = {
     "word": TaskInfo("the word of a key, in prose", False, True, 12, ("word",)),
     "fact": TaskInfo("where a person lives, works, was born ..., in prose", False, False, 16, ("fact",)),
     "passkey": TaskInfo("the pass key, in prose", False, True, 12, ("passkey",)),
-    "chain": TaskInfo("the value at the end of a chain of assignments, in prose", False, False, 10, ("chain",)),
+    "chain": TaskInfo("a chain of assignments back to its value, in prose", False, False, 48, ("chain",)),
     "multivalue": TaskInfo("the two to four numbers of one key, in prose", False, False, 48, ("multivalue",)),
     "mixed": TaskInfo("facts of all families in one text", False, False, 48, FAMILIES),
     "multikey2": TaskInfo("the number of one key among nothing but keys", True, False, 12, ("multikey2",)),
@@ -118,8 +118,7 @@ class Plan:
     hard: bool = False  # chains are asked for every variable, facts come with hard distractors
     fill: float = 1.0
     chain_share: float = 0.2
-    garble: float = 0.0  # see families.World; training only, as are the hints
-    hints: float = 0.0
+    garble: float = 0.0  # see families.World; training only
 
 
 Fit = Callable[[tuple[Question, ...]], int]  # questions -> tokens the document must have
@@ -166,7 +165,7 @@ def make_facts(world: f.World, plan: Plan) -> list[f.Fact]:
     return facts
 
 
-_SHARES = {"number": 0.3, "word": 0.17, "fact": 0.37, "passkey": 0.08, "multivalue": 0.08}
+_SHARES = {"number": 0.25, "word": 0.22, "fact": 0.4, "passkey": 0.07, "multivalue": 0.06}
 
 
 def _draw_family(rng: random.Random, plan: Plan) -> str:
@@ -219,7 +218,7 @@ class _Piece:
 
 
 def _sparse(rng: random.Random, plan: Plan, encoder: Encoder, filler: Filler, fit: Fit, seed: int | str) -> Sample:
-    world = f.World(rng, plan.wording, plan.values, garble=plan.garble, hints=plan.hints)
+    world = f.World(rng, plan.wording, plan.values, garble=plan.garble)
     facts = make_facts(world, plan)
     asks = _choose_asks(rng, facts, plan)
     drafts = [

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from locret.errors import ConfigError
 from locret.tasks import wordings as w
-from locret.tasks.grammar import Flat, Pool, Rendered, check_wording, fill, fixed, flatten, parse
+from locret.tasks.grammar import Flat, Pool, Rendered, Slot, check_wording, fill, fixed, flatten, parse
 from locret.tasks.relations import LABELLED, RELATIONS
 from locret.tasks.words import invented, towns, words
 
@@ -31,6 +31,12 @@ _LIST_OF = {
     "dish": "dishes",
     "language": "languages",
     "word": "nouns",
+    "tree": "trees",
+    "tool": "tools",
+    "sport": "sports",
+    "garment": "garments",
+    "vehicle": "vehicles",
+    "drink": "drinks",
 }
 
 
@@ -62,7 +68,6 @@ class World:
     persons: list[str] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
     garble: float = 0.0  # training only: how often a fact and its question are put in arbitrary words
-    hints: float = 0.0  # training only: how often a link of a chain says the value it leads to
     attributes: set[tuple[str, str]] = field(default_factory=set)  # (key or person, attribute) already stated
 
     def __post_init__(self) -> None:
@@ -149,17 +154,20 @@ class World:
     def value(self, kind: str) -> str:
         """A value of a relation: "town", "profession", "company", "year", "digits4", "word" ..."""
         rng = self.rng
+        if kind == "year":
+            return str(rng.randrange(1820, 2005))
+        if kind == "digits4":
+            return self.digits(4)
+        if self.garble > 0 and rng.random() < 0.2:  # to be copied as it stands, known or not
+            made = invented(rng) if rng.random() < 0.5 else (self.pick("nouns") + self.pick("nouns")).capitalize()
+            if kind == "company":
+                return f"{made} {self.pick('trades')}"
+            return made if kind == "town" or rng.random() < 0.2 else made.lower()
         if kind == "town":
             names = towns(self.values)
             return names[int(rng.random() * len(names))]
         if kind == "company":
             return f"{self.pick('last')} {self.pick('trades')}"
-        if kind == "year":
-            return str(rng.randrange(1820, 2005))
-        if kind == "digits4":
-            return self.digits(4)
-        if self.garble > 0 and kind == "word" and rng.random() < 0.3:  # copy it as it stands, known or not
-            return invented(rng).lower() if rng.random() < 0.5 else self.pick("nouns") + self.pick("nouns")
         return self.pick(_LIST_OF[kind])
 
     def variable(self) -> str:
@@ -177,11 +185,23 @@ class World:
 
 
 def garbled(rng: random.Random, frame: Flat) -> Flat:
-    """The frame with some of its plain words replaced by words of other frames; slots stay."""
+    """The frame with some of its plain words replaced by words of other frames, or its slots among such words only."""
+
+    def word() -> str:
+        return frame_words()[int(rng.random() * len(frame_words()))]
+
+    if rng.random() < 0.35:
+        slots = [part for part in frame if not isinstance(part, str)]
+        rng.shuffle(slots)
+        parts: list[str | Slot] = [word().capitalize() + " "] if rng.random() < 0.6 else []
+        for slot in slots:
+            parts += [word() + " " for _ in range(rng.randrange(0, 5))] + [slot, rng.choice((" ", " ", ", ", ": "))]
+        parts += [word() + " " for _ in range(rng.randrange(0, 4))]
+        return (*parts[:-1], str(parts[-1]).rstrip(" ,:") + rng.choice((".", ".", "?", "")))
     share = rng.uniform(0.2, 0.8)
 
     def other(match: re.Match[str]) -> str:
-        return frame_words()[int(rng.random() * len(frame_words()))] if rng.random() < share else match[0]
+        return word() if rng.random() < share else match[0]
 
     return tuple(re.sub(r"(?<![\w'])[a-z]+(?![\w'])", other, part) if isinstance(part, str) else part for part in frame)
 
@@ -340,7 +360,11 @@ def passkey_fact(world: World) -> Fact:
 
 
 def chain_fact(world: World, hops: int | None = None) -> Fact:
-    """X1 = 12345, X2 = X1 ...: the first ask is for the last variable, the others for those before it."""
+    """X1 = 12345, X2 = X1 ...: the first ask is for the last variable, the others for those before it.
+
+    The answer spells the chain out, "X3 = X2 = X1 = 12345": each link is a look-up of its own, so that a small model is
+    asked to read and not to compose in its head. It is right only if every link is.
+    """
     rng = world.rng
     hops = rng.randrange(1, 4) if hops is None else hops
     value = world.digits(5)
@@ -352,14 +376,11 @@ def chain_fact(world: World, hops: int | None = None) -> Fact:
         if rng.random() < 0.15 and world.wording != "official":
             place, held = _chain_style(rng, world.wording)
         link = flatten(rng, parse((w.CHAIN_LINK.heldout if held else w.CHAIN_LINK.train)[place]), {}, world.wording)
-        statement = fill(link, {"name": name, "source": source}, UNMARKED)
-        if world.hints > 0 and rng.random() < world.hints:
-            text = statement.text.rstrip(".") + rng.choice((", that is {}", " ({})", " = {}", "; it is {}")).format(
-                value
-            )
-            statement = Rendered(text, statement.marks)
-        statements.append(statement)
-    return Fact("chain", tuple(statements), tuple(_chain_ask(name, value) for name in reversed(names)))
+        statements.append(fill(link, {"name": name, "source": source}, UNMARKED))
+    asks = []
+    for place in reversed(range(len(names))):
+        asks.append(_chain_ask(names[place], " = ".join([*reversed(names[: place + 1]), value])))
+    return Fact("chain", tuple(statements), tuple(asks))
 
 
 def _chain_style(rng: random.Random, wording: str) -> tuple[int, bool]:

@@ -34,17 +34,13 @@ class Stage:
     dense: float
     copying: float
     packed: float
-    chains: float = 0.0  # documents with many chains and many questions about them
-    garble: float = 0.0  # how often a fact of a sparse document is put in arbitrary words
+    garble: float  # how often a fact of a sparse document is put in arbitrary words
 
 
 STAGES = {
-    "start": Stage(plain=0.20, sparse=0.32, dense=0.38, copying=0.10, packed=0.5),
-    "main": Stage(plain=0.20, sparse=0.35, dense=0.40, copying=0.05, packed=0.35),
-    "long": Stage(plain=0.18, sparse=0.38, dense=0.41, copying=0.03, packed=0.12),
-    # what a run on the three above had not learnt: chains, and wordings that it had never seen
-    "mend": Stage(plain=0.08, sparse=0.34, dense=0.10, copying=0.03, packed=0.3, chains=0.45, garble=0.3),
-    "mend-long": Stage(plain=0.10, sparse=0.42, dense=0.30, copying=0.02, packed=0.12, chains=0.16, garble=0.2),
+    "start": Stage(plain=0.18, sparse=0.38, dense=0.36, copying=0.08, packed=0.5, garble=0.3),
+    "main": Stage(plain=0.16, sparse=0.42, dense=0.38, copying=0.04, packed=0.35, garble=0.3),
+    "long": Stage(plain=0.14, sparse=0.44, dense=0.40, copying=0.02, packed=0.12, garble=0.3),
 }
 
 
@@ -81,8 +77,7 @@ def _example(
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """One example of exactly `length` tokens; plain text if it is too short for what was drawn."""
     kind = rng.choices(
-        ("plain", "sparse", "dense", "copying", "chains"),
-        (shares.plain, shares.sparse, shares.dense, shares.copying, shares.chains),
+        ("plain", "sparse", "dense", "copying"), (shares.plain, shares.sparse, shares.dense, shares.copying)
     )[0]
     filler = _filler(rng, fillers)
     if length < _SHORTEST or kind == "plain":
@@ -131,23 +126,16 @@ def _plan(rng: random.Random, kind: str, length: int, attempt: int) -> Plan:
         each = 64 if task == "multikey2" else 200  # tokens of a pair, its question and its answer, with room to spare
         num_questions = max(1, min(num_questions, (length - 80) // (each * shrink)))
         return Plan(task, wording, num_questions=num_questions, hard=True, fill=fill)
-    if kind == "chains":
-        num_facts = max(1, min(40, round(length / rng.uniform(70, 250))) // shrink)
-        hints = rng.choice((0.0, 0.0, 0.5, 1.0))
-        wording = "official" if rng.random() < 0.5 else "train"
-        return Plan(
-            "chain", wording, "train", max(1, rng.randint(8, 24) // shrink), num_facts, ("chain",), True, hints=hints
-        )
     most = max(2, min(40, length // 60))
     num_facts = max(1, round(math.exp(rng.uniform(0, math.log(most)))) // shrink)
     if length <= 4096 or rng.random() < 0.5:
         num_facts = min(most, max(num_facts, num_questions))
     draw = rng.random()
-    if draw < 0.12:
+    if draw < 0.08:
         return Plan("chain", wording, "train", num_questions, max(1, num_facts // 2), ("chain",), hard=True)
-    if draw < 0.17:
+    if draw < 0.13:
         return Plan("passkey", wording, "train", 1, 1, ("passkey",), hard=True)
-    chain_share = rng.uniform(0.3, 0.7) if draw < 0.5 else 0.08
+    chain_share = rng.uniform(0.2, 0.5) if draw < 0.3 else 0.08
     return Plan("mixed", wording, "train", num_questions, num_facts, TASKS["mixed"].families, True, 1.0, chain_share)
 
 
