@@ -196,6 +196,7 @@ def test_a_broken_journal_line_is_named(backbone: Backbone, tmp_path: Path) -> N
         (dict(lengths=[1024]), "keeps everything, and length 1024 is more than the 512"),
         (dict(budgets=["1%"]), "cannot hold its pinned units"),
         (dict(methods=["locret"]), "needs heads trained"),
+        (dict(methods=["lagkv:lag=128"], budgets=["25%"]), "lag 128 keeps up to 256 units"),
         (dict(methods=["snapkv:windoww=3"]), "did you mean 'window'"),
     ],
 )

@@ -15,7 +15,7 @@ from locret.config import CacheConfig, Sampling
 from locret.engine import LLM
 from locret.evaluate.prompts import Encoder
 from locret.evaluate.session import Session
-from locret.methods import get_method
+from locret.methods import get_method, list_methods
 from locret.tasks.records import Turn
 
 
@@ -39,6 +39,28 @@ def test_compress_and_ask_is_what_a_context_answers(llm: LLM) -> None:
         assert session.gold_kept(i, gold) == held
         assert session.kv_bytes == context.kv_bytes
         assert session.peak_kv_bytes == context.peak_kv_bytes
+
+
+@pytest.mark.parametrize("method", [info.name for info in list_methods() if not info.trained])
+def test_rows_of_a_batch_are_what_they_are_alone(llm: LLM, method: str) -> None:
+    """Every method: whole batch, some of its rows, and each row's context by itself."""
+    if method == "full":
+        other = dataclasses.replace(llm, method=get_method("full"), config=CacheConfig())
+    else:
+        other = dataclasses.replace(llm, method=get_method(method, **({"lag": 16} if method == "lagkv" else {})))
+    records = [record(i) for i in (0, 3, 6)]
+    prompts = [Encoder(llm.backbone.tokenizer).prompt(r) for r in records]
+    session = Session.compress(other, [p.context for p in prompts])
+    sampling = Sampling(max_new_tokens=4)
+    together = session.ask([p.asks[0].first for p in prompts], sampling)
+    [last] = session.rows([2]).ask([prompts[2].asks[0].first], sampling)
+    for i, r in enumerate(records):
+        context = other.compress(r.context)
+        assert together[i].text == context.ask(r.question.strip(), sampling=sampling).text
+        held = [[len(set(prompts[i].gold) & set(head.tolist())) for head in layer] for layer in context.kept()]
+        assert session.gold_kept(i, prompts[i].gold) == held
+        assert session.kv_bytes == context.kv_bytes
+    assert last.text == together[2].text
 
 
 def test_chat_is_what_a_context_chats(llm: LLM) -> None:

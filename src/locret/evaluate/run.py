@@ -130,7 +130,7 @@ class _Runner:
                     )
                 known = block.length != AS_IT_IS and parse_budget(llm.config.budget)[1] != "bytes"
                 if llm.method.evicts and known:
-                    llm.config.resolve(prompt_len=block.length, unit_bytes=1)
+                    llm.method.check(llm.config.resolve(prompt_len=block.length, unit_bytes=1))
 
     def check_samples(self) -> None:
         """The first sample of every task and length can be had and scored; public sets are read whole."""

@@ -75,13 +75,16 @@ class Session:
     def rows(self, indices: Sequence[int]) -> Session:
         """A copy of some rows."""
         at = torch.tensor(indices, device=self.llm.backbone.device)
-        reader = replace(self._reader, cache=self._reader.cache.rows(at))
+        last = self._reader.last_logits
+        reader = replace(
+            self._reader, cache=self._reader.cache.rows(at), last_logits=None if last is None else last[at]
+        )
         return Session(self.llm, reader, self.seconds, self._logits[at])
 
     def gold_kept(self, row: int, gold: Sequence[int]) -> list[list[int]]:
         """How many of these context tokens a row still holds: per budgeted layer, per KV head."""
         tokens = torch.tensor(gold, device=self.llm.backbone.device)
-        layers = [layer.units().position[row] for layer in self._reader.cache.layers if layer.window is None]
+        layers = [layer.positions()[row] for layer in self._reader.cache.layers if layer.window is None]
         return torch.stack([gold_kept(positions, tokens) for positions in layers]).tolist()
 
     def ask(self, questions: Sequence[list[int]], sampling: Sampling) -> list[Answer]:
