@@ -47,6 +47,15 @@ def test_strata_count_alike_whatever_their_size() -> None:
     assert (low, high) == (50.0, 50.0)
 
 
+def test_a_mean_over_tasks_that_are_all_right_still_has_a_width() -> None:
+    assert stats.tasks_interval([[100.0] * 5, [100.0] * 5]) == stats.mean_interval([100.0] * 10)
+    assert stats.tasks_interval([[100.0] * 5]) == stats.mean_interval([100.0] * 5)
+    graded = [[50.0, 70.0, 20.0], [100.0] * 3]
+    assert stats.tasks_interval(graded) == stats.stratified_bootstrap(graded)
+    uneven = [[0.0] * 5, [100.0] * 50]
+    assert stats.tasks_interval(uneven) == stats.stratified_bootstrap(uneven)
+
+
 def test_mcnemar_by_hand() -> None:
     assert stats.mcnemar(5, 0) == pytest.approx(2 / 32)
     assert stats.mcnemar(8, 2) == pytest.approx(2 * (1 + 10 + 45) / 1024)

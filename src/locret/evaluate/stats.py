@@ -26,6 +26,18 @@ def mean_interval(scores: Sequence[float]) -> Interval:
     return bootstrap(scores)
 
 
+def tasks_interval(strata: Sequence[Sequence[float]]) -> Interval:
+    """95 % interval of the mean over tasks of their means.
+
+    Equally many scores of 0 or 100 a task: Wilson's for all of them together, which has a width where every answer is
+    right and is a little too wide where tasks differ. Otherwise a bootstrap that resamples every task on its own.
+    """
+    pooled = [score for values in strata for score in values]
+    if len({len(values) for values in strata}) == 1 and is_binary(pooled):
+        return mean_interval(pooled)
+    return stratified_bootstrap(strata)
+
+
 def is_binary(scores: Sequence[float]) -> bool:
     return all(score in (0.0, 100.0) for score in scores)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from locret.evaluate.stats import Interval, mean_interval, paired_test, stratified_bootstrap
+from locret.evaluate.stats import Interval, paired_test, tasks_interval
 from locret.evaluate.summary import Cell, cell_name, load_results, load_run
 
 Column = tuple[str, int | str | None]  # method, budget
@@ -92,13 +92,11 @@ class Study:
 
     def _row(self, column: Column, length: int) -> Row:
         cells = self.of(column=column, length=length)
-        binary = len(cells) == 1
         full = {cell["task"]: cell["score"] for cell in self.of(length=length) if cell["budget"] is None}
         shared = [cell["score"] - full[cell["task"]] for cell in cells if cell["task"] in full]
-        scores = [cell["scores"] for cell in cells]
         return Row(
             column, length, len(cells), sum(cell["n"] for cell in cells), _mean([cell["score"] for cell in cells]),
-            mean_interval(scores[0]) if binary else stratified_bootstrap(scores),
+            tasks_interval([cell["scores"] for cell in cells]),
             _mean(shared) if shared and column[1] is not None else None,
             _mean([cell["kv_bytes"] for cell in cells]),
             _mean([cell["kv_bytes_full"] / cell["kv_bytes"] for cell in cells]),
