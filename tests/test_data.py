@@ -7,7 +7,7 @@ import json
 import pytest
 from conftest import build_byte_tokenizer
 
-from locret.data import Sample, Samples, parse_record, shuffled
+from locret.data import Sample, Samples, parse_record, shuffled, sources
 from locret.errors import DataError
 
 MESSAGES = [
@@ -138,10 +138,26 @@ def test_a_broken_line_is_named_when_it_is_read(tmp_path, tiny_tokenizer):
         samples[2]
 
 
-def test_a_json_array_gets_a_hint(tmp_path, tiny_tokenizer):
-    path = write(tmp_path / "x.jsonl", b'[\n{"prompt": "a", "answer": "b"}\n]\n')
-    with pytest.raises(DataError, match=r"x\.jsonl:1: .*jq -c"):
-        Samples(path, tiny_tokenizer)[0]
+@pytest.mark.parametrize("block", [1, 2, 7, 1 << 22])
+def test_the_items_of_a_json_array_are_found_without_reading_it_whole(tmp_path, monkeypatch, block):
+    """LongAlpaca is one array of 500 MB. Brackets, quotes and backslashes in texts; blocks that cut anywhere."""
+    monkeypatch.setattr(sources, "_BLOCK", block)
+    records = [
+        {"prompt_ids": [1], "answer_ids": [2], "note": '"]}[{\\'},
+        {"note": ['\\"', {"deep": ["[", "\u00e9]"]}], "prompt_ids": [3], "answer_ids": [4]},
+        {"prompt_ids": [5], "answer_ids": [6], "note": ""},
+    ]
+    path = tmp_path / "x.json"
+    path.write_text(f"\ufeff \n{json.dumps(records, indent=1, ensure_ascii=False)}\n", encoding="utf-8")
+    samples = Samples(path, None)
+    assert [samples[i].prompt_ids for i in range(len(samples))] == [[1], [3], [5]]
+    assert samples[1].name == f"{path}[1]"
+
+
+def test_a_json_array_cut_short_is_an_error(tmp_path):
+    path = write(tmp_path / "x.json", b'[{"prompt_ids": [1], "answer_ids": [2]}, {"prompt_ids": [1], "answ')
+    with pytest.raises(DataError, match=r"x\.json: the JSON array does not end \(1 whole items\)"):
+        Samples(path, None)
 
 
 def test_missing_and_empty_files_are_errors(tmp_path, tiny_tokenizer):

@@ -193,6 +193,13 @@ class Backbone:
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 
+    def layer_device(self, layer: int) -> torch.device:
+        """Where a layer's attention runs; layers of a model loaded with a `device_map` may lie on different devices."""
+        module: Any = self.attention_modules[layer]
+        hook = getattr(module, "_hf_hook", None)  # accelerate's: weights may wait elsewhere until they are needed
+        where = getattr(hook, "execution_device", None)
+        return next(module.parameters()).device if where is None else torch.device(where)
+
     def fingerprint(self) -> dict[str, Any]:
         """What heads are made for: they fit every model with the same fingerprint."""
         return {
