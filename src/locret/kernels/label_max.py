@@ -11,6 +11,7 @@ Shapes: B batch, Hq / Hkv query / KV heads, G = Hq // Hkv, A answer rows, P prom
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 import torch
@@ -62,5 +63,6 @@ def _largest(rows: Tensor, keys: Tensor, step: int) -> Tensor:
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
