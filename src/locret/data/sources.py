@@ -223,9 +223,10 @@ class _HubRows:
             else:
                 self._rows = datasets.load_dataset(path, split=split)
         except Exception as error:  # the package raises its own, its HTTP library's and OS errors
+            first = (str(error).splitlines() or [""])[0].rstrip(".")
             raise DataError(
                 f"data set {path!r}, split {split!r}, cannot be loaded: {type(error).__name__}: "
-                f"{(str(error).splitlines() or [''])[0]}. Check the spelling, the split (hf:ID:SPLIT) and the network"
+                f"{first}. Check the spelling, the split (hf:ID:SPLIT) and the network"
             ) from error
         mark = getattr(self._rows, "_fingerprint", "")
         self.digest = hashlib.sha256(f"{path}:{split}:{len(self._rows)}:{mark}".encode()).digest()
