@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -463,6 +464,70 @@ def test_the_schedule_rises_and_falls():
     assert TrainConfig(steps=5, warmup_steps=0).lr_at(0) == 5e-4
 
 
+def test_other_schedules():
+    published = TrainConfig(schedule="published")  # 3000 steps: warm-up 2000, then linearly to 0
+    assert [published.lr_at(s) for s in (0, 999, 1999, 2500)] == pytest.approx([2.5e-7, 2.5e-4, 5e-4, 2.5e-4])
+    cosine = TrainConfig(steps=100, lr=1.0, schedule="cosine", warmup_steps=0)
+    assert [cosine.lr_at(s) for s in (0, 50)] == pytest.approx([1.0, 0.5])
+    assert 0 < cosine.lr_at(99) < 0.001
+    assert TrainConfig(steps=100, lr=1.0, schedule="constant").lr_at(99) == 1.0
+
+
+def test_logs_also_go_to_tensorboard_where_it_is_installed(backbone, tmp_path, monkeypatch):
+    class Writer:
+        scalars: list = []  # noqa: RUF012
+
+        def __init__(self, folder):
+            self.folder = folder
+
+        def add_scalar(self, name, value, step):
+            self.scalars.append((name, step))
+
+        def close(self):
+            self.scalars.append(("closed", self.folder))
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    train(backbone, make_samples(), tmp_path, TrainConfig(**SMALL, log_to=["tensorboard"]))
+    assert {("loss", 3), ("lr", 12), ("overlap", 6), ("overlap_at_0.05", 12)} <= set(Writer.scalars)
+    assert Writer.scalars[-1] == ("closed", str(tmp_path / "tensorboard"))
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match="log_to names 'wandb', which is not installed: pip install wandb"):
+        train(backbone, make_samples(), tmp_path, TrainConfig(**SMALL, log_to=["wandb"]), resume=False)
+
+
+def test_a_checkpoint_of_the_first_version_goes_on(backbone, tmp_path):
+    """It knows none of today's further options and fields: those had their defaults."""
+    whole = train(backbone, make_samples(), tmp_path / "whole", TrainConfig(**SMALL))
+    with pytest.raises(Stop):
+        train(backbone, make_samples(), tmp_path / "parts", TrainConfig(**SMALL), on_progress=stop_at(5))
+    path = tmp_path / "parts" / CHECKPOINT_FILE
+    content = torch.load(path, weights_only=True)
+    first = [
+        "accumulate",
+        "betas",
+        "clip_value",
+        "eval_samples",
+        "hidden_size",
+        "init",
+        "lr",
+        "max_length",
+        "seed",
+        "smoothness",
+        "steps",
+        "truncate",
+    ]
+    first += ["warmup_steps", "weight_decay"]
+    named = {name for name in content["identity"] if not name.startswith("option ")}
+    content["identity"] = {k: v for k, v in content["identity"].items() if k in named or k[7:] in first}
+    del content["state"]["best"], content["names"]
+    content["losses"] = content["losses"].float()
+    torch.save(content, path)
+    assert same(train(backbone, make_samples(), tmp_path / "parts", TrainConfig(**SMALL)).heads, whole.heads)
+    torch.save(content, path)
+    with pytest.raises(ConfigError, match="option objective: 'paper' there, 'ranking' now"):
+        train(backbone, make_samples(), tmp_path / "parts", TrainConfig(**SMALL, objective="ranking"))
+
+
 def largest_change(backbone, folder, **options) -> float:
     """Of a weight in the first step of Adam, which moves every weight by about the learning rate."""
     sample = make_samples(1)[0]
@@ -492,6 +557,13 @@ def test_a_step_takes_the_scheduled_rate_and_clips_gradients(backbone, tmp_path)
         ({"warmup_steps": 11, "steps": 10}, "warmup_steps is 11; it must be 0 to 10"),
         ({"truncate": 1}, "truncate is 1; it must be true or false"),
         ({"accumulate": True}, "accumulate is True"),
+        ({"objective": "papper"}, "unknown objective 'papper'; .*did you mean 'paper'"),
+        ({"input": "q"}, "unknown input 'q'; valid: hidden, qkv"),
+        ({"log_to": ["tensorbord"]}, "did you mean 'tensorboard'"),
+        ({"eval_budgets": [0.1, 2]}, r"eval_budgets is \[0.1, 2\]; it must be shares"),
+        ({"evict_budget": 0}, "evict_budget is 0; it must be units"),
+        ({"evict_stabilizers": -1}, "evict_stabilizers is -1"),
+        ({"top_share": 1}, "top_share is 1"),
     ],
 )
 def test_bad_options_are_errors(options, message):

@@ -212,8 +212,8 @@ def test_scores_in_pieces_have_the_gradients_of_all_at_once(backbone, tmp_path):
 
 
 def test_a_pass_holds_one_layers_activations(tmp_path):
-    """Peak memory of one learning pass, counted by torch's dispatcher: six layers take what two take, and pieces make it
-    smaller still (the MLP here is 12 times as wide as the rest)."""
+    """Peak memory of one learning pass, counted by torch's dispatcher: six layers take what two take, and
+    pieces make it smaller still (the MLP here is 12 times as wide as the rest)."""
     peaks = {}
     for layers, size in ((2, 4096), (6, 4096), (6, 128)):
         wide = dict(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=768)
