@@ -114,6 +114,12 @@ class Run:
             raise ConfigError(
                 "every layer of this backbone has a sliding window, so no layer has a budget to train for"
             )
+        devices = {backbone.layer_device(i) for i in range(backbone.num_layers)}
+        if len(devices) > 1 and (config.evict_budget is not None or config.answers == "model"):
+            raise ConfigError(
+                "evict_budget and answers 'model' read through the cache, which lies on one device, but the layers lie "
+                f"on {', '.join(sorted(map(str, devices)))}; load the model without a device_map, or leave them out"
+            )
         self.objective = make_objective(config.objective, top_share=config.top_share)
         self.report = self._checked(on_check)
         self.order = Order(
