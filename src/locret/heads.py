@@ -280,6 +280,25 @@ class RetainingHeads(nn.Module):
 
     # ------------------------------------------------------------------ published files
 
+    def save_published(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write one .safetensors file with the keys of the Locret release, `model.layers.{i}.self_attn.fc1.weight`.
+
+        It says nothing of what the heads are for. Raises: HeadsError: heads that read hidden states, which the release
+        does not know; a file that cannot be written.
+        """
+        if self.wants_hidden:
+            raise HeadsError("these heads read hidden states; the published layout has only heads that read q, k, v")
+        if Path(path).suffix != ".safetensors":
+            raise HeadsError(f"{path}: the published layout is written as one file that ends in .safetensors")
+        tensors = {
+            f"model.{name.replace('.fc', '.self_attn.fc')}": tensor.detach().to("cpu", dtype).contiguous()
+            for name, tensor in self.state_dict().items()
+        }
+        try:
+            atomic_write(path, lambda temporary: save_file(tensors, temporary))
+        except (OSError, SafetensorError) as error:
+            raise HeadsError(f"{path} cannot be written: {_first_line(error)}") from error
+
     @classmethod
     def from_published(
         cls, path: str | Path, backbone: Backbone, *, revision: str | None = None, token: str | None = None

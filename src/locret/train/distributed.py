@@ -33,6 +33,9 @@ class Group:
         if not dist.is_initialized():
             if int(os.environ.get("WORLD_SIZE", "1")) == 1:
                 return cls()
+            device = local_device()
+            if device is not None:
+                torch.cuda.set_device(device)
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         return cls(dist.get_rank(), dist.get_world_size())
 

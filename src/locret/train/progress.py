@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,27 @@ class TrainResult:
         return f"trained {self.step} steps in {self.seconds:.0f} s{loss}{overlap}{dropped}; heads in {self.output}"
 
 
+class ProgressBar:
+    """A rich bar for `train`: itself `on_progress`, its method `checked` `on_check`."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar, self._task = bar, bar.add_task("", total=None, note="")
+
+    def __call__(self, p: TrainProgress) -> None:
+        loss = "" if p.loss is None else f"loss {p.loss:.4f}"
+        overlap = "" if p.overlap is None else f"  overlap {p.overlap:.3f}"
+        speed = f"  {p.tokens_per_second:,.0f} tok/s" if p.tokens_per_second else ""
+        self._bar.update(self._task, completed=p.step, total=p.steps, note=loss + overlap + speed)
+        if p.warning:
+            self._bar.console.print(p.warning, markup=False)
+
+    def checked(self, done: int, total: int) -> None:
+        """Samples looked at before the first step."""
+        self._bar.update(self._task, completed=done, total=total, note="samples checked")
+
+
 @contextlib.contextmanager
-def progress_bar(console: Any = None) -> Iterator[Callable[[TrainProgress], None]]:
+def progress_bar(console: Any = None) -> Iterator[ProgressBar]:
     """A rich progress bar with loss and overlap: `with progress_bar() as report: train(..., on_progress=report)`."""
     from rich.progress import (
         BarColumn,
@@ -71,14 +90,4 @@ def progress_bar(console: Any = None) -> Iterator[Callable[[TrainProgress], None
 
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
     with Progress(TextColumn("train"), *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task("train", total=None, note="")
-
-        def report(p: TrainProgress) -> None:
-            loss = "" if p.loss is None else f"loss {p.loss:.4f}"
-            overlap = "" if p.overlap is None else f"  overlap {p.overlap:.3f}"
-            speed = f"  {p.tokens_per_second:,.0f} tok/s" if p.tokens_per_second else ""
-            bar.update(task, completed=p.step, total=p.steps, note=loss + overlap + speed)
-            if p.warning:
-                bar.console.print(p.warning, markup=False)
-
-        yield report
+        yield ProgressBar(bar)
