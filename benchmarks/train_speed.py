@@ -13,7 +13,6 @@ the extrapolation to 3,000 steps can be given with and without them.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import json
 import os
@@ -36,6 +35,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from locret.backbone import Backbone
 from locret.data import Sample, Samples
+from locret.kernels.label_max import kernel_works
 from locret.train import TrainConfig, TrainProgress
 from locret.train.run import Run, train
 
@@ -85,11 +85,12 @@ def main() -> None:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "label_kernel": "triton" if device.type == "cuda" and importlib.util.find_spec("triton") else "torch",
+        "label_kernel": "triton" if device.type == "cuda" and kernel_works(device) else "torch",
         "prompt_tokens": args.tokens,
         "answer_tokens": args.answer,
         "d_r": args.d_r,
         "objective": args.objective,
+        "token_chunk": args.token_chunk,
         "input": args.input,
         "weights_gib": round(weights_gib, 3),
         "build_seconds": round(built, 2),
@@ -124,6 +125,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--forwards", type=int, default=20, help="bare passes, before training and after")
     parser.add_argument("--d-r", type=int, default=1024)
     parser.add_argument("--objective", default="paper")
+    parser.add_argument("--token-chunk", type=int, default=None, help="tokens that MLPs and heads take at a time")
     parser.add_argument("--input", default="qkv")
     parser.add_argument("--cap-gib", type=float, default=None, help="of GPU memory; more is an out-of-memory error")
     parser.add_argument("--work", type=Path, default=None, help="folder for the heads and a checkpoint, then deleted")
@@ -195,6 +197,7 @@ def options(args: argparse.Namespace, steps: int) -> TrainConfig:
     return TrainConfig(
         steps=steps, hidden_size=args.d_r, max_length=args.tokens, eval_samples=0, log_every=WINDOW,
         checkpoint_every=steps + 1, objective=args.objective, input=args.input,
+        token_chunk=args.token_chunk,
     )  # fmt: skip
 
 
@@ -236,4 +239,8 @@ def note(text: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except torch.OutOfMemoryError as error:
+        print(json.dumps({"error": f"out of memory: {error}", "peak_gib": peak_gib(torch.device("cuda"))}, indent=2))
+        sys.exit(1)

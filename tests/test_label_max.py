@@ -7,11 +7,12 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from locret.kernels.label_max import label_max
+from locret.kernels.label_max import kernel_works, label_max
 
 # (batch, query heads, KV heads, answer rows, prompt keys, head dim)
 SHAPES = [
@@ -97,6 +98,15 @@ def test_the_blocked_reference_equals_the_definition(shape, dtype, block_element
     got = label_max(q, k, 0.3, block_elements=block_elements)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     torch.testing.assert_close(got.double(), naive(q, k, 0.3), atol=tolerance, rtol=tolerance)
+
+
+def test_a_kernel_that_cannot_be_compiled_leaves_the_torch_path(monkeypatch):
+    """It says so, once; nothing is silently slower."""
+    broken = SimpleNamespace(label_max_triton=lambda *a: (_ for _ in ()).throw(RuntimeError("no C compiler\nmore")))
+    monkeypatch.setitem(sys.modules, "locret.kernels.label_max_triton", broken)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    with pytest.warns(UserWarning, match=r"cannot compile the label kernel here \(RuntimeError: no C compiler\)"):
+        assert not kernel_works.__wrapped__(torch.device("cpu"))
 
 
 @pytest.mark.gpu

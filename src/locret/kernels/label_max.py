@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import warnings
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def label_max(rows: Tensor, keys: Tensor, scale: float, *, block_elements: int =
     """
     assert scale > 0, scale
     assert (rows.shape[1] % keys.shape[1], rows.shape[3]) == (0, keys.shape[3]), (rows.shape, keys.shape)
-    if rows.is_cuda and rows.dtype in _KERNEL_DTYPES and rows.dtype == keys.dtype and _has_triton():
+    if rows.is_cuda and rows.dtype in _KERNEL_DTYPES and rows.dtype == keys.dtype and kernel_works(rows.device):
         from locret.kernels.label_max_triton import label_max_triton
 
         return label_max_triton(rows, keys, scale)
@@ -64,5 +65,20 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def kernel_works(device: torch.device) -> bool:
+    """Whether Triton is there and can compile: some machines lack the C compiler that it needs."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        from locret.kernels.label_max_triton import label_max_triton
+
+        one = torch.ones(1, 1, 1, 16, device=device)
+        return label_max_triton(one, one, 1.0).item() == 16
+    except Exception as error:  # the compiler's, the driver's or the operating system's
+        first = (str(error).strip().splitlines() or [""])[0]
+        warnings.warn(
+            f"Triton cannot compile the label kernel here ({type(error).__name__}: {first}); "
+            "the slower torch path makes the labels",
+            stacklevel=3,
+        )
+        return False

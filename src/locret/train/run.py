@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from locret.backbone import Backbone, model_length
 from locret.data import DataReport, Order, Sample, Samples, check_samples
-from locret.errors import ConfigError, DataError, NumericsError
+from locret.errors import ConfigError, DataError, HeadsError, NumericsError
 from locret.files import write_text
 from locret.heads import CONFIG_FILE, WEIGHTS_FILE, HeadInput, HeadsConfig, RetainingHeads
 from locret.train.answers import answered_by
@@ -157,7 +157,7 @@ class Run:
         if self.state.finished:
             self.heads = RetainingHeads.from_pretrained(self.output)
             return self._result(None)
-        held_out = [self.samples[i] for i in self.order.held_out]
+        held_out = [self._answered(self.samples[i]) for i in self.order.held_out]
         started = time.perf_counter() - self.state.seconds
         self.window.start = time.perf_counter()
         stopping = self.group.any(bool(caught))
@@ -196,7 +196,12 @@ class Run:
             report = _read_report(path, key)
             if report is None:
                 report = check_samples(self.samples, **options, max_dropped=config.max_dropped, on_progress=on_check)
-                write_text(path, json.dumps({"key": key, **report.to_dict()}) + "\n")
+                try:
+                    write_text(path, json.dumps({"key": key, **report.to_dict()}) + "\n")
+                except OSError as error:
+                    raise HeadsError(
+                        f"{path} cannot be written: {error}; choose a folder with room for the heads"
+                    ) from error
         return self.group.from_main(report)
 
     def _held_out_count(self) -> int:
@@ -265,14 +270,18 @@ class Run:
                 yield self.samples[self.order[step * self.config.accumulate + place]]
             step += 1
 
+    def _answered(self, sample: Sample) -> Sample:
+        """The sample, with the backbone's answer where the run wants that."""
+        if self.config.answers == "data":
+            return sample
+        return answered_by(self.backbone, sample, self.config.answer_tokens)
+
     # ------------------------------------------------------------------ a step
 
     def step(self, stream: Iterator[Sample]) -> None:
         """Learn from the samples of one step and move the weights."""
         for _ in range(self.group.rank, self.config.accumulate, self.group.size):
-            sample = next(stream)
-            if self.config.answers == "model":
-                sample = answered_by(self.backbone, sample, self.config.answer_tokens)
+            sample = self._answered(next(stream))
             self.window.names.append(sample.name)
             self.window.losses.append(self.learn(sample))
             self.window.tokens += len(sample.prompt_ids) + len(sample.answer_ids)
