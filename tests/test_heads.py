@@ -421,6 +421,25 @@ def test_broken_published_files_are_errors(tmp_path, backbone):
         RetainingHeads.from_published(shards, backbone)
 
 
+def test_products_may_run_in_bf16_over_fp32_weights():
+    """As training does on a GPU: scores and gradients are those of fp32 up to bf16's rounding, weights stay fp32."""
+    q, k, v = qkv(length=200)
+    results = []
+    for dtype in (None, torch.bfloat16):
+        heads = make()
+        with torch.no_grad():
+            for weight in heads.parameters():
+                weight.mul_(10)
+        heads.compute_dtype = dtype
+        scores = heads.score(0, q, k, v)
+        (scores**2).mean().backward()
+        weights = list(heads.layers[0].parameters())
+        assert {p.grad.dtype for p in weights} == {p.dtype for p in weights} == {scores.dtype} == {torch.float32}
+        results.append((scores.detach(), *(p.grad for p in weights)))
+    for exact, rounded in zip(*results):
+        assert 0 < (exact - rounded).norm() < 0.02 * exact.norm()
+
+
 # ---------------------------------------------------------------------- heads that read hidden states
 
 

@@ -125,7 +125,9 @@ def score_in_pieces(heads: RetainingHeads, layer: int, inputs: HeadInput, size: 
     if length <= size:
         return heads.score(layer, *inputs)
     pieces = [
-        checkpoint(heads.score, layer, *inputs.tokens(start, start + size), use_reentrant=False)
+        checkpoint(
+            heads.score, layer, *inputs.tokens(start, start + size), use_reentrant=False, preserve_rng_state=False
+        )
         for start in range(0, length, size)
     ]
     return torch.cat(pieces, dim=2)
