@@ -88,6 +88,44 @@ def test_the_interpreted_kernel_equals_the_definition(shape, dtype, interpreted)
     assert error < DTYPES[dtype]
 
 
+# Triton's compiler needs no GPU to make a binary for one.
+COMPILED = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from locret.kernels.label_max_triton import _label_max, block_sizes
+names = [f"{x}_{axis}" for x in "qk" for axis in "bht"]
+numbers = ["num_rows", "num_keys", "num_kv", *names]
+for capability, dtype, size, dim, group in ((80, "bf16", 2, 256, 2), (90, "bf16", 2, 128, 4), (90, "fp32", 4, 96, 1)):
+    block_d, block_k, block_r = block_sizes(dim, size)
+    fixed = dict(GROUP=group, DIM=dim, BLOCK_D=block_d, BLOCK_K=block_k, BLOCK_R=block_r, PRECISION="ieee")
+    fixed |= dict(UPCAST=False, q_d=1, k_d=1)
+    types = {"q_ptr": f"*{dtype}", "k_ptr": f"*{dtype}", "out_ptr": "*fp32", "scale": "fp32"}
+    types |= dict.fromkeys(numbers, "i32") | dict.fromkeys(fixed, "constexpr")
+    signature = {name: types[name] for name in _label_max.arg_names}
+    source = ASTSource(fn=_label_max, signature=signature, constexprs=fixed)
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_stages": 2})
+    print(dtype, made.metadata.shared, any(word in made.asm["ptx"] for word in ("wgmma", "mma.sync")))
+"""
+
+
+@pytest.mark.triton_interpret
+def test_the_kernel_compiles_for_gpus_that_are_not_here(tmp_path):
+    """For Ampere and Hopper, within the memory of a consumer card's multiprocessor, 16-bit types on tensor cores."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed (pip install triton; no GPU needed)")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-c", COMPILED], env=env, capture_output=True, text=True, timeout=250, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert len(lines) == 3
+    for dtype, shared, cores in lines:
+        assert int(shared) <= 99 * 1024
+        assert cores == str(dtype != "fp32")
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("block_elements", [1, 100, 1 << 24])

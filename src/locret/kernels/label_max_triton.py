@@ -52,14 +52,19 @@ def label_max_triton(rows: Tensor, keys: Tensor, scale: float, out: Tensor | Non
     num_kv, num_keys = keys.shape[1:3]
     if out is None:
         out = torch.empty(batch, num_kv, num_keys, dtype=torch.float32, device=rows.device)
-    block_d = max(16, triton.next_power_of_2(dim))
-    row_bytes = block_d * rows.element_size()
-    wide = row_bytes > 256
-    block_k = 128 if row_bytes <= 256 else 64 if row_bytes <= 512 else 32  # a block of keys: at most 32 KB on the chip
+    block_d, block_k, block_r = block_sizes(dim, rows.element_size())
     grid = (triton.cdiv(num_keys, block_k), batch * num_kv)
     _label_max[grid](
         rows, keys, out, num_rows, num_keys, num_kv, scale, *rows.stride(), *keys.stride(),
-        GROUP=num_q // num_kv, DIM=dim, BLOCK_D=block_d, BLOCK_K=block_k, BLOCK_R=32 if wide else 64,
+        GROUP=num_q // num_kv, DIM=dim, BLOCK_D=block_d, BLOCK_K=block_k, BLOCK_R=block_r,
         PRECISION="ieee", UPCAST=INTERPRETED and rows.dtype == torch.bfloat16, num_warps=4, num_stages=2,
     )  # fmt: skip
     return out
+
+
+def block_sizes(dim: int, element_size: int) -> tuple[int, int, int]:
+    """Head dim padded, keys and rows of a block: at most 32 KB of keys on the chip."""
+    block_d = max(16, triton.next_power_of_2(dim))
+    row_bytes = block_d * element_size
+    block_k = 128 if row_bytes <= 256 else 64 if row_bytes <= 512 else 32
+    return block_d, block_k, 64 if row_bytes <= 256 else 32
