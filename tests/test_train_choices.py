@@ -121,6 +121,13 @@ def test_too_many_broken_samples_stop_the_run(backbone, tmp_path):
         train(backbone, data, tmp_path, TrainConfig(**SMALL))
 
 
+def test_the_limit_of_drops_also_holds_for_a_check_from_before(backbone, tmp_path):
+    data = [*make_samples(4), {"prompt_ids": [9]}]
+    train(backbone, data, tmp_path, TrainConfig(**SMALL, max_dropped=0.5))
+    with pytest.raises(DataError, match="more than max_dropped 10%"):
+        train(backbone, data, tmp_path, TrainConfig(**SMALL), resume=False)
+
+
 def test_query_aware_heads_say_so(tmp_path):
     data = [{"document": "some text", "question": f"what is {c}?", "answer": c} for c in "abcd"]
     result = train(make_backbone(), data, tmp_path, TrainConfig(**SMALL, query_aware=True))

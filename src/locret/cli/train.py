@@ -97,7 +97,7 @@ def train(
 
 def _train(run: dict[str, Any], recipe: Path | None, given: dict[str, Any], *, resume: bool, as_json: bool) -> None:
     from locret import train as trainer
-    from locret.train.distributed import Group
+    from locret.train.distributed import Group, leave
 
     given = {name: value for name, value in given.items() if value is not None}
     config = trainer.TrainConfig.from_toml(recipe, **given) if recipe else trainer.TrainConfig.from_dict(given)
@@ -109,6 +109,7 @@ def _train(run: dict[str, Any], recipe: Path | None, given: dict[str, Any], *, r
         result = trainer.train(
             backbone, sources, run["output"], config, on_progress=report, on_check=checked, resume=resume
         )
+    leave()
     if as_json and main:
         emit(_as_json(result))
     elif main:

@@ -105,7 +105,7 @@ def check_samples(
             report.lost_turns += sample.lost_turns
         if on_progress is not None:
             on_progress(index + 1, total)
-    _judge(report, max_length, max_dropped)
+    judge(report, max_dropped)
     return report
 
 
@@ -129,7 +129,8 @@ def _check(sample: Sample, max_length: int | None, vocab_size: int, window: int)
         )
 
 
-def _judge(report: DataReport, max_length: int | None, max_dropped: float) -> None:
+def judge(report: DataReport, max_dropped: float) -> None:
+    """Raise a DataError where nothing is left, or more than `max_dropped` of all was dropped for other than length."""
     examples = "; ".join(f"{d.count} {reason}, first {d.example}" for reason, d in report.dropped.items())
     if report.num_dropped == report.total:
         raise DataError(f"none of {report.total} samples can be used: {examples}")

@@ -81,6 +81,12 @@ class Group:
             dist.barrier()
 
 
+def leave() -> None:
+    """At the end of a process that joined: NCCL complains about groups that are never left."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def local_device() -> str | None:
     """The GPU that `torchrun` means for this process, "cuda:2"; None without it."""
     rank = os.environ.get("LOCAL_RANK")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from locret.backbone import Backbone, model_length
-from locret.data import DataReport, Order, Sample, Samples, check_samples
+from locret.data import DataReport, Order, Sample, Samples, check_samples, judge
 from locret.errors import ConfigError, DataError, HeadsError, NumericsError
 from locret.files import write_text
 from locret.heads import CONFIG_FILE, WEIGHTS_FILE, HeadInput, HeadsConfig, RetainingHeads
@@ -194,7 +194,9 @@ class Run:
         if self.group.is_main:
             path = self.output / DATA_FILE
             report = _read_report(path, key)
-            if report is None:
+            if report is not None:
+                judge(report, config.max_dropped)
+            else:
                 report = check_samples(self.samples, **options, max_dropped=config.max_dropped, on_progress=on_check)
                 try:
                     write_text(path, json.dumps({"key": key, **report.to_dict()}) + "\n")
