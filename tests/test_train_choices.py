@@ -204,6 +204,24 @@ def test_pieces_of_tokens_change_nothing(family, tmp_path):
     assert all("forward" not in module.__dict__ for module in backbone.model.modules())
 
 
+@pytest.mark.parametrize(("family", "counts"), [("llama", [1, 0]), ("gemma3", [1, 0]), ("mistral-window", None)])
+def test_what_nobody_reads_is_not_computed(family, counts, tmp_path):
+    """The last learned layer ends the pass: its MLP, and what follows, would cost a full layer of every step."""
+    backbone = make_backbone(family)
+    if counts is None:
+        with pytest.raises(ConfigError, match="every layer of this backbone has a sliding window"):
+            run_of(backbone, make_samples(1), tmp_path)
+        return
+    calls = [0] * backbone.num_layers
+    for i, layer in enumerate(backbone.model.model.layers):
+        layer.mlp.register_forward_hook(lambda *a, i=i: calls.__setitem__(i, calls[i] + 1))
+    before = backbone.model.config._attn_implementation
+    run_of(backbone, make_samples(1), tmp_path).learn(make_samples(1)[0])
+    assert calls == counts
+    assert backbone.model.config._attn_implementation == before
+    assert backbone.model.model.rotary_emb is backbone.rotary
+
+
 def test_scores_in_pieces_have_the_gradients_of_all_at_once(backbone, tmp_path):
     heads = run_of(backbone, make_samples(1), tmp_path).heads
     g = torch.Generator().manual_seed(0)

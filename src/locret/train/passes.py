@@ -31,6 +31,10 @@ TOKEN_CHUNK = 16_384
 Visit = Callable[[int, HeadInput, Tensor], None]
 
 
+class Done(Exception):
+    """Ends a forward pass early; the seam restores the model as after any exception."""
+
+
 class LabelContext:
     """A `LayerContext`: full causal attention, and in each learned layer the labels, handed to `visit`.
 
@@ -41,13 +45,15 @@ class LabelContext:
         visit: called as visit(layer, inputs, labels): inputs of P = learned_len tokens, labels fp32 [1, Hkv, P].
         label: a name of labels.LABELS.
         wants_hidden: inputs have hidden states.
+        stop: raise `Done` once the last of `layers` was visited: nobody reads what would follow.
     """
 
     def __init__(
         self, rope: Rope, layers: Iterable[int], answers: Sequence[Span], learned_len: int, visit: Visit, *,
-        label: str = "max-logit", wants_hidden: bool = False, token_chunk: int = TOKEN_CHUNK,
+        label: str = "max-logit", wants_hidden: bool = False, token_chunk: int = TOKEN_CHUNK, stop: bool = False,
     ) -> None:  # fmt: skip
         self.rope, self.layers, self.visit = rope, frozenset(layers), visit
+        self.last = max(self.layers) if stop else None
         self.answers, self.learned_len, self.label = answers, learned_len, label
         self.wants_hidden, self.token_chunk = wants_hidden, token_chunk
 
@@ -60,6 +66,8 @@ class LabelContext:
             )
             inputs = HeadInput(q, k, v, call.hidden).tokens(0, self.learned_len)
             self.visit(layer, inputs, labels[:, :, : self.learned_len])
+            if layer == self.last:
+                raise Done
         return prefix_causal_attention(
             q_rotated, k_rotated, v, scale=call.scale, softcap=call.softcap, window=call.window
         )
@@ -103,10 +111,10 @@ class LabelPass:
             ids = ids.pin_memory()  # a copy from pageable memory would wait for the device
         context = LabelContext(
             self._rope_for(ids.shape[1], prompt_len), self.layers, sample.answers, min(prompt_len, self.max_length),
-            visit, label=self.label, wants_hidden=self.wants_hidden, token_chunk=self.token_chunk,
+            visit, label=self.label, wants_hidden=self.wants_hidden, token_chunk=self.token_chunk, stop=True,
         )  # fmt: skip
         try:
-            with tokens_in_pieces(self.backbone, self.token_chunk, ids.shape[1]):
+            with tokens_in_pieces(self.backbone, self.token_chunk, ids.shape[1]), contextlib.suppress(Done):
                 self.backbone.run(ids.to(self.backbone.device, non_blocking=True), context, logits=0)
         except torch.OutOfMemoryError as error:
             raise DataError(
