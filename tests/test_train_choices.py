@@ -250,7 +250,7 @@ def test_a_pass_holds_one_layers_activations(tmp_path):
         with Meter() as meter:
             run.learn(sample)
         peaks[layers, size] = meter.peak
-    print(peaks)
+    print(peaks)  # bytes; over tokens x hidden size x 4: numbers a token
     assert peaks[6, 4096] < 1.05 * peaks[2, 4096]
     assert peaks[6, 128] < 0.5 * peaks[6, 4096]
 
