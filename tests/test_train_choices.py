@@ -132,6 +132,8 @@ def test_query_aware_heads_say_so(tmp_path):
     data = [{"document": "some text", "question": f"what is {c}?", "answer": c} for c in "abcd"]
     result = train(make_backbone(), data, tmp_path, TrainConfig(**SMALL, query_aware=True))
     assert RetainingHeads.from_pretrained(tmp_path).config.query_aware
+    with pytest.raises(ConfigError, match="query_aware is True, but these Samples have question_first False"):
+        train(make_backbone(), Samples(make_samples(), None), tmp_path, TrainConfig(**SMALL, query_aware=True))
     assert result.finished
 
 

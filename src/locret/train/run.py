@@ -78,6 +78,11 @@ def train(
     config = config or TrainConfig()
     if isinstance(data, Samples):
         samples = data
+        if samples.question_first != config.query_aware:
+            raise ConfigError(
+                f"query_aware is {config.query_aware}, but these Samples have question_first {samples.question_first}; "
+                "make them agree"
+            )
     else:
         samples = Samples(data, backbone.tokenizer, question_first=config.query_aware)
     run = Run(backbone, samples, Path(output), config, on_check=on_check)
