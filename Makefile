@@ -41,7 +41,7 @@ gpu-test:  ## tests that need a CUDA device, the embedded model included
 # Two processes of one thread share the samples: that is faster than one of two, and the numbers do not depend on it.
 eval-quick: $(STAMP)  ## 6 tasks x 5 methods x 2 budgets at 4K on two cores, with a report: runs/eval-quick/report.html
 	@pids=; for rank in 0 1; do \
-	  RANK=$$rank WORLD_SIZE=2 OMP_NUM_THREADS=1 $(BIN)/locret eval recipes/eval-quick.toml --output runs/eval-quick & pids="$$pids $$!"; \
+	  RANK=$$rank WORLD_SIZE=2 OMP_NUM_THREADS=1 $(BIN)/locret eval recipes/grids/quick.toml --output runs/eval-quick & pids="$$pids $$!"; \
 	done; trap 'kill $$pids; exit 130' INT TERM; for pid in $$pids; do wait $$pid; done
 
 wheel: $(STAMP)  ## dist/locret-*.whl

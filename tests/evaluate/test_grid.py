@@ -118,6 +118,6 @@ def test_the_grids_in_the_repository_are_grids() -> None:
     [example] = re.findall(r"^```toml\n(.*?)^```", (root / "docs/evaluate.md").read_text(), re.MULTILINE | re.DOTALL)
     documented = Grid.from_dict(tomllib.loads(example))
     assert {variant.samples for block in documented.blocks() for variant in block.variants} == {50, 200}
-    quick = Grid.from_toml(root / "recipes/eval-quick.toml")
+    quick = Grid.from_toml(root / "recipes/grids/quick.toml")
     assert (len(quick.tasks), len(quick.methods), len(quick.budgets), quick.samples) == (6, 5, 2, 20)
     quick.check_names(SuiteSource().tasks())
