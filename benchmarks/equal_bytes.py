@@ -11,6 +11,8 @@ import argparse
 import json
 from pathlib import Path
 
+from common import provenance
+
 from locret.backbone import EMBEDDED, Backbone
 from locret.config import STORAGE, CacheConfig
 from locret.engine import LLM
@@ -52,7 +54,7 @@ def main() -> None:
             )
     if args.output:
         settings = {name: value for name, value in vars(args).items() if name != "output"}
-        write_text(args.output, json.dumps({**settings, "rows": rows}, indent=1) + "\n")
+        write_text(args.output, json.dumps({"provenance": provenance(), **settings, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -167,6 +167,8 @@ def main() -> None:
     if arguments.answer:
         Path(arguments.answer).write_text(json.dumps({name: theirs(name, ids) for name in OURS}), encoding="utf-8")
         return
+    from common import fill, provenance  # not in the peer's environment, which has no locret
+
     with tempfile.NamedTemporaryFile("r") as file:
         subprocess.run([arguments.peer, __file__, "--peer", arguments.peer, "--answer", file.name], check=True)
         peers = json.load(file)
@@ -175,14 +177,12 @@ def main() -> None:
         [arguments.peer, "-c", "from importlib.metadata import version as v; print(v('kvpress'), v('transformers'))"],
         capture_output=True, text=True, check=True,
     ).stdout.split()  # fmt: skip
-    result = {"kvpress": versions[0], "their_transformers": versions[1], "tokens": LENGTH, "kept": KEPT, "chunk": CHUNK,
-              "question": QUESTION, "cells": cells}  # fmt: skip
+    result = {
+        "provenance": provenance(), "kvpress": versions[0], "their_transformers": versions[1], "tokens": LENGTH,
+        "kept": KEPT, "chunk": CHUNK, "question": QUESTION, "cells": cells,
+    }  # fmt: skip
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    page = PAGE.read_text(encoding="utf-8")
-    before, rest = page.split("<!-- kvpress -->\n")
-    PAGE.write_text(
-        f"{before}<!-- kvpress -->\n{table(result)}\n" + rest[rest.index("<!-- /kvpress -->") :], encoding="utf-8"
-    )
+    fill(PAGE, "kvpress", table(result))
 
 
 if __name__ == "__main__":

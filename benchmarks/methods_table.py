@@ -12,22 +12,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import RESULTS, ROOT, fill, provenance
 
 from locret.backbone import EMBEDDED, Backbone
 from locret.config import CacheConfig
 from locret.heads import RetainingHeads
 from locret.methods import get_method, list_methods
+from locret.methods.base import method_options
 from locret.prefill import Reader
 
-ROOT = Path(__file__).parent.parent
-RESULT = ROOT / "benchmarks" / "results" / "methods-cpu.json"
+RESULT = RESULTS / "methods-cpu.json"
 PAGE = ROOT / "docs" / "methods.md"
 TOKENS, STEPS, ROUNDS = 4096, 32, 3
 CACHE = dict(budget=512, chunk_size=512)
@@ -57,7 +55,7 @@ def run() -> dict[str, Any]:
     torch.set_num_threads(1)
     backbone = Backbone.load(device="cpu")
     ids = torch.randint(300, 4000, (1, TOKENS), generator=torch.Generator().manual_seed(0))
-    names = [info.name for info in list_methods()]
+    names = [info.name for info in list_methods() if "path" not in method_options(info.name)]  # no files of others
     measure(backbone, "full", ids[:, :TOKENS])  # warm-up
     runs = [{name: measure(backbone, name, ids) for name in names} for _ in range(ROUNDS)]
     cells = []
@@ -68,10 +66,8 @@ def run() -> dict[str, Any]:
             cell[key] = seconds
             cell[key.replace("seconds", "ratio")] = min(seconds) / min(turn["full"][key] for turn in runs)
         cells.append({**cell, **{key: runs[0][name][key] for key in ("kv_bytes", "peak_kv_bytes")}})
-    git = ["git", "rev-parse", "--short", "HEAD"]
     return {
-        "commit": subprocess.run(git, capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip(),
-        "torch": torch.__version__, "machine": platform.processor() or platform.machine(), "threads": 1,
+        "provenance": provenance(), "threads": 1,
         "tokens": TOKENS, "steps": STEPS, "rounds": ROUNDS, **CACHE, "cells": cells,
     }  # fmt: skip
 
@@ -96,20 +92,13 @@ def methods_table() -> str:
     return "\n".join(lines)
 
 
-def fill(name: str, text: str) -> None:
-    """Replace what stands between `<!-- name -->` and `<!-- /name -->`."""
-    page = PAGE.read_text(encoding="utf-8")
-    before, rest = page.split(f"<!-- {name} -->\n")
-    PAGE.write_text(f"{before}<!-- {name} -->\n{text}\n" + rest[rest.index(f"<!-- /{name} -->") :], encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write the tables from what was measured before")
     if not parser.parse_args().write:
         RESULT.write_text(json.dumps(run(), indent=1) + "\n", encoding="utf-8")
-    fill("methods", methods_table())
-    fill("measured", measured_table(json.loads(RESULT.read_text(encoding="utf-8"))))
+    fill(PAGE, "methods", methods_table())
+    fill(PAGE, "measured", measured_table(json.loads(RESULT.read_text(encoding="utf-8"))))
 
 
 if __name__ == "__main__":

@@ -14,9 +14,6 @@ import dataclasses
 import json
 import math
 import os
-import platform
-import subprocess
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -25,8 +22,8 @@ from typing import Any
 
 import torch
 import transformers
+from common import provenance
 
-import locret
 from locret.backbone import EMBEDDED, Backbone
 from locret.config import CacheConfig
 from locret.engine import LLM
@@ -144,19 +141,6 @@ def wilson(right: float, n: int, z: float = 1.96) -> tuple[float, float]:
     p, w = right / n, z * z / n
     half = z * math.sqrt(p * (1 - p) / n + w / (4 * n))
     return tuple(round(max(0.0, min(1.0, (p + w / 2 + sign * half) / (1 + w))), 4) for sign in (-1, 1))  # type: ignore[return-value]
-
-
-def provenance() -> dict[str, Any]:
-    """What a reader needs to repeat the numbers."""
-    commit = os.environ.get("LOCRET_COMMIT") or subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()  # fmt: skip
-    return {
-        "command": "python benchmarks/quality.py " + " ".join(sys.argv[1:]), "commit": commit,
-        "date": time.strftime("%Y-%m-%d"), "locret": locret.__version__, "torch": torch.__version__,
-        "transformers": transformers.__version__, "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
-    }  # fmt: skip
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from common import provenance
 from torch import Tensor
 
 from locret.backbone import AttentionCall, Backbone
@@ -155,7 +156,9 @@ def main() -> None:
     for cell in rows:
         print("| {storage} | {bytes:.1f} | {error:.4f} | {bytes_kept:.1f} | {error_kept:.4f} |".format(**cell))
     if args.output:
-        write_text(args.output, json.dumps({"length": args.length, "rows": rows}, indent=1) + "\n")
+        write_text(
+            args.output, json.dumps({"provenance": provenance(), "length": args.length, "rows": rows}, indent=1) + "\n"
+        )
 
 
 def row(name: str, store: Store, exact: Capture, few: Tensor) -> dict[str, Any]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+from common import RESULTS, ROOT, fill
+
 Cell = dict[str, Any]
 
 
@@ -42,14 +40,6 @@ def group(found: list[Cell], suite: str, *names: str) -> dict[str, list[Cell]]:
         if cell["suite"] == suite:
             rows.setdefault(", ".join(str(cell[name]) for name in names), []).append(cell)
     return rows
-
-
-def fill(path: Path, name: str, text: str) -> None:
-    """Replace what stands between `<!-- name -->` and `<!-- /name -->`."""
-    page = path.read_text(encoding="utf-8")
-    pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-    assert re.search(pattern, page, re.DOTALL), f"{path.name} has no block {name}"
-    path.write_text(re.sub(pattern, lambda m: m[1] + text + "\n" + m[2], page, flags=re.DOTALL), encoding="utf-8")
 
 
 def main() -> None:
