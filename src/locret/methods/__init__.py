@@ -34,11 +34,13 @@ from locret.methods.base import (
     method_options,
     method_slots,
     register,
+    wants_heads,
 )  # fmt: skip
+from locret.methods.options import parse_options
 
 __all__ = [
     "ChunkView", "Method", "MethodInfo", "adakv", "cascading", "corm", "csp", "expected_attention", "fastkvzip",
     "find_method", "full", "get_method", "h2o", "keydiff", "knorm", "kvzap", "lagkv", "list_methods", "locret",
-    "method_options", "method_slots", "nacl", "prefixkv", "pyramidkv", "random", "recency", "register", "sirllm",
-    "snapkv", "streamingllm", "tova",
+    "method_options", "method_slots", "nacl", "parse_options", "prefixkv", "pyramidkv", "random", "recency",
+    "register", "sirllm", "snapkv", "streamingllm", "tova", "wants_heads",
 ]  # fmt: skip

@@ -102,6 +102,15 @@ class Method:
     def check(self, plan: CachePlan) -> None:
         """Raise a ConfigError when the options do not go with the cache's."""
 
+    def describe(self) -> dict[str, Any]:
+        """The options, for files: JSON values by name. Weights are not among them; files hold a digest of those."""
+        names = [field.name for field in fields(self) if field.name != "heads"]  # type: ignore[arg-type]
+        return {name: _plain(getattr(self, name)) for name in names}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
 
 @dataclass(frozen=True)
 class MethodInfo:
@@ -139,12 +148,23 @@ def find_method(name: str) -> type[Method]:
     return _METHODS[name]
 
 
+def wants_heads(name: str, base: str | Method | None = None) -> bool:
+    """Whether a method scores with retaining heads, by itself or through the method that it is told to score as."""
+    cls = find_method(name)
+    if issubclass(cls, Wrapped):
+        chosen = cls.base if base is None else base
+        return isinstance(chosen, str) and chosen != "" and wants_heads(chosen)
+    return "heads" in [field.name for field in fields(cls)]  # type: ignore[arg-type]
+
+
 def get_method(name: str, *, heads: RetainingHeads | None = None, **options: Any) -> Method:
-    """The method called `name`, with its options.
+    """The method called `name`, with its options; `base.x` is option x of the method that it scores as.
 
     Raises: ConfigError: unknown name or option (the nearest is named), or a trained method without heads.
     """
     cls = find_method(name)
+    if issubclass(cls, Wrapped):
+        options = _with_base(cls, heads, options)
     names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
     for key in options:
         if key not in names:
@@ -216,6 +236,9 @@ def window_fits(method: str, window: int, plan: CachePlan) -> None:
                           f"allowed are 1 to {plan.chunk_size}, or raise chunk_size")  # fmt: skip
 
 
+BASE = "base."  # before the options of a method that another one scores as
+
+
 class Wrapped(Method):
     """A method that scores as another one does and has a slot of its own besides.
 
@@ -224,6 +247,7 @@ class Wrapped(Method):
 
     base: str | Method
     scores: Method  # the one that does
+    heads: Any  # its weights, None for most; by this name a saved context knows whose weights it was made with
 
     def __post_init__(self) -> None:
         scores = get_method(self.base) if isinstance(self.base, str) else self.base
@@ -232,9 +256,26 @@ class Wrapped(Method):
         object.__setattr__(self, "scores", scores)
         for slot in ("rescoring", "state", "wants_hidden", "query_aware", "trained"):
             object.__setattr__(self, slot, getattr(scores, slot))
+        object.__setattr__(self, "heads", getattr(scores, "heads", None))
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "base": {"method": self.scores.name, **self.scores.describe()}}
 
     def check(self, plan: CachePlan) -> None:
         self.scores.check(plan)
 
     def score(self, view: ChunkView) -> Tensor:
         return self.scores.score(view)
+
+
+def _with_base(cls: type[Wrapped], heads: RetainingHeads | None, options: dict[str, Any]) -> dict[str, Any]:
+    """`base` made into a method with its own options (`base.window`) and the heads, where it is a name."""
+    own = {key: value for key, value in options.items() if not key.startswith(BASE)}
+    inner = {key.removeprefix(BASE): value for key, value in options.items() if key.startswith(BASE)}
+    base = own.get("base", cls.base)
+    if isinstance(base, str) and base:
+        return {**own, "base": get_method(base, heads=heads, **inner)}
+    if inner:
+        raise ConfigError(f"{cls.name}: base is {base!r}, so {BASE}{next(iter(inner))} belongs to no method; give base "
+                          "a method's name")  # fmt: skip
+    return own
