@@ -11,6 +11,7 @@ from locret.methods import (
     h2o,
     keydiff,
     knorm,
+    kvmerger,
     kvzap,
     lagkv,
     locret,
@@ -18,6 +19,7 @@ from locret.methods import (
     prefixkv,
     pyramidkv,
     random,
+    razor,
     recency,
     sirllm,
     snapkv,
@@ -40,7 +42,7 @@ from locret.methods.options import parse_options
 
 __all__ = [
     "ChunkView", "Method", "MethodInfo", "adakv", "cascading", "corm", "csp", "expected_attention", "fastkvzip",
-    "find_method", "full", "get_method", "h2o", "keydiff", "knorm", "kvzap", "lagkv", "list_methods", "locret",
-    "method_options", "method_slots", "nacl", "parse_options", "prefixkv", "pyramidkv", "random", "recency",
-    "register", "sirllm", "snapkv", "streamingllm", "tova", "wants_heads",
+    "find_method", "full", "get_method", "h2o", "keydiff", "knorm", "kvmerger", "kvzap", "lagkv", "list_methods",
+    "locret", "method_options", "method_slots", "nacl", "parse_options", "prefixkv", "pyramidkv", "random", "razor",
+    "recency", "register", "sirllm", "snapkv", "streamingllm", "tova", "wants_heads",
 ]  # fmt: skip

@@ -5,6 +5,7 @@ Pins, positions and bytes are not its job. Every slot besides the score has a de
     score    how valuable is a unit?          each method's own
     budgets  how many stay in each layer?     the same number everywhere
     select   which stay?                      the best scores of each KV head
+    reduce   what becomes of the others?      nothing: they are gone
 
 Shapes: B batch, C new units (a chunk), P units cached before it, S = P + C, Hq/Hkv heads, D head dim, L layers.
 """
@@ -22,6 +23,7 @@ from locret.config import CachePlan
 from locret.errors import ConfigError, unknown
 from locret.heads import RetainingHeads
 from locret.observe import AttentionProbe
+from locret.reduce import Merged
 from locret.select import select
 
 
@@ -41,13 +43,13 @@ class ChunkView:
     @property
     def all(self) -> Joined:
         """All units, old and new; only for methods that set `rescoring`."""
-        assert self.joined is not None, "the method does not say rescoring = True"
+        assert self.joined is not None, "the method does not say rescoring = True, nor reduces = True"
         return self.joined
 
 
 @dataclass(frozen=True)
 class Joined:
-    """All units of a layer, the chunk's last: what a method sees that scores cached units again."""
+    """All units of a layer, the chunk's last: what a method sees that scores cached units again, or merges them."""
 
     units: Units  # k (before RoPE), v, score (of the P old units; 0 for new ones), position, state: [B, Hkv, S, ...]
     keys: Tensor  # rotated, [B, Hkv, S, D]
@@ -70,9 +72,10 @@ class Method:
     wants_surprisal: ClassVar[bool] = False  # True: `score_tokens` is asked after the forward pass, `score` never
     rescoring: ClassVar[bool] = False  # True: `score` returns new scores for cached units too
     ragged: ClassVar[bool] = False  # True: `select` shares a layer's budget among its KV heads
+    reduces: ClassVar[bool] = False  # True: `reduce` is asked instead of `select`
     state: ClassVar[
         tuple[str, ...]
-    ] = ()  # numbers of its own that move with every unit: `view.all.units.state[..., i]`
+    ] = ()  # numbers of its own that move with every unit: `view.all.units.state[..., i]`; BIAS is added to its logits
 
     def score(self, view: ChunkView) -> Tensor:
         """Scores of the new units, fp32 [B, Hkv, C], or of all S units when `rescoring`; higher is kept."""
@@ -98,6 +101,17 @@ class Method:
         scores: [B, Hkv, S], finite, -inf only where a ragged head is padded; pinned: bool, [B, Hkv, S].
         """
         return select(scores, budget, pinned)
+
+    def reduce(self, scores: Tensor, budget: int, pinned: Tensor, view: ChunkView) -> tuple[Tensor, Merged]:
+        """What stays, and what all S units become before the others are dropped. For methods that set `reduces`.
+
+        A unit that takes over what others held has another key and value, and where `state` names BIAS another number
+        added to its logits (-inf: no unit any more). Position and score stay its own. Pinned units must stay as they
+        are, and so should all that represent themselves only: they are encoded once.
+
+        Returns: indices as `select` gives them, and k, v [B, Hkv, S, D], bias [B, Hkv, S].
+        """
+        raise NotImplementedError
 
     def check(self, plan: CachePlan) -> None:
         """Raise a ConfigError when the options do not go with the cache's."""
@@ -125,6 +139,7 @@ class MethodInfo:
     variant: str
 
 
+BIAS = "bias"  # of `Method.state`: the number that attention adds to a unit's logits
 M = TypeVar("M", bound=type[Method])
 _METHODS: dict[str, type[Method]] = {}
 
@@ -204,6 +219,7 @@ def method_slots(name: str) -> dict[str, str]:
         "score": "none: nothing is evicted" if not cls.evicts else reads,
         "budget": "per layer, same total" if own("budgets") else "per KV head, same total" if cls.ragged else "uniform",
         "select": "its own" if own("select") and not cls.ragged else "best scores",
+        "reduce": "dropped units are merged into others" if cls.reduces else "none: what is dropped is gone",
         "state": ", ".join(cls.state) or "none",
     }
 
