@@ -9,10 +9,21 @@ import math
 import pytest
 import torch
 from conftest import build_tiny_model
-from oracles import MaskedReference, joined_of, kept, reader_of, relative, tokens, units_of
+from oracles import (
+    MaskedReference,
+    joined_of,
+    kept,
+    naive_key_norm,
+    reader_of,
+    relative,
+    tokens,
+    units_of,
+    write_mergers,
+)  # fmt: skip
 
 from locret.backbone import Backbone
 from locret.errors import ConfigError, DataError
+from locret.lococo import Mergers
 from locret.methods import ChunkView, get_method
 from locret.profile import HeadProfile
 
@@ -161,10 +172,10 @@ def test_razor_refuses_profiles_that_do_not_fit(exact, tmp_path):
     with pytest.raises(DataError, match="is no head profile"):
         get_method("razor", echo="nowhere.json", induction="nowhere.json")
     deep = Backbone(build_tiny_model("llama", num_hidden_layers=3))
-    with pytest.raises(ConfigError, match="2 layers; this model has 3"):
+    with pytest.raises(ConfigError, match="made for another model"):
         reader_of(deep, get_method("razor", **paths), N, **PLAN)
     wide = Backbone(build_tiny_model("llama", num_key_value_heads=4))
-    with pytest.raises(ConfigError, match="2 KV heads; this model has 4"), torch.inference_mode():
+    with pytest.raises(ConfigError, match="made for another model"), torch.inference_mode():
         reader_of(wide, get_method("razor", **paths), N, **PLAN).read(tokens(N))
 
 
@@ -227,3 +238,84 @@ def test_kvmerger_refuses_bad_options():
     ):
         with pytest.raises(ConfigError, match=message):
             get_method("kvmerger", **options)
+
+
+# ---------------------------------------------------------------------- LoCoCo
+
+
+class LoCoCoReference(MergedReference):
+    """Scores are of the latest chunk, or a column of numbers that never change."""
+
+    def __init__(self, model, *, mergers, once=None, **options):
+        super().__init__(model, **options)
+        self.mergers, self.once = mergers, once
+        if once:
+            self.score = once
+
+    def heard(self, i, kv, weights):
+        if not self.once:
+            if self.first.get((i, kv)) != self.n:
+                self.s[i][kv] = 0.0
+                self.first[i, kv] = self.n
+            self.s[i][kv] += weights.sum(0)
+
+    first = {}  # noqa: RUF012  # (layer, KV head) -> the chunk whose attention is summed
+
+    def layer(self, i, newest, target):
+        merge = self.mergers[i]
+        slots, width = merge.slots, merge.conv.kernel_size[0]
+        for h, units in enumerate(self.live(i)):
+            pinned, score = self.pins(units, newest), self.s[i][h]
+            ranked = sorted(units, key=lambda p: (p not in pinned, -score[p]))
+            heavy, rest = ranked[: target - slots], sorted(ranked[target - slots :])
+            own = {p: self.merged.get((i, h, p), (self.k[i][0, h, p], self.v[i][0, h, p])) for p in rest}
+            key, value = (torch.stack([own[p][at] for p in rest]) for at in (0, 1))
+            x = torch.cat((key, value), -1).float()
+            padded = torch.nn.functional.pad(x, (0, 0, width // 2, width // 2))
+            logits = torch.stack([
+                (merge.conv.weight * padded[j : j + width].T).sum((1, 2)) + merge.conv.bias for j in range(len(rest))
+            ]).relu()  # fmt: skip
+            weights = merge.mix * logits.softmax(0).T  # [slots, candidates]
+            places = sorted(sorted(rest, key=lambda p: -score[p])[:slots])
+            for slot, p in enumerate(places):
+                weights[slot, rest.index(p)] += 1 - merge.mix
+            for slot, p in enumerate(places):
+                self.merged[i, h, p] = (*((weights[slot].double() @ x) for x in (key, value)), 0.0)
+            if self.once:
+                score[places] = min(score[p].item() for p in [*heavy, *places])
+            self.alive[i][h] = False
+            self.alive[i][h, [*heavy, *places]] = True
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+@pytest.mark.parametrize("base", ["", "knorm"])
+def test_lococo_is_the_plain_reading(exact, tmp_path, positions, base):
+    path = write_mergers(tmp_path / "m", exact)
+    LoCoCoReference.first = {}
+    method = get_method("lococo", path=str(path), base=base)
+    once = naive_key_norm if base else None
+    run_both(exact, method, LoCoCoReference, positions, mergers=Mergers.load(path), once=once)
+
+
+def test_lococo_with_lambda_0_is_eviction(exact, tmp_path):
+    path = write_mergers(tmp_path / "m", exact, mix=0.0)
+    results = []
+    for method in ("h2o", get_method("lococo", path=str(path), base="h2o")):
+        reader = reader_of(exact, method, N, **PLAN)
+        with torch.inference_mode():
+            results.append((reader.read(tokens(N)), kept(reader)))
+    assert relative(results[1][0], results[0][0]) < 1e-5  # mergers work in float32
+    assert results[0][1] == results[1][1]
+
+
+def test_lococo_refuses_what_does_not_fit(exact, tmp_path):
+    with pytest.raises(ConfigError, match="give path: a file that `locret"):
+        get_method("lococo")
+    path = str(write_mergers(tmp_path / "m", exact, slots=28))
+    with pytest.raises(ConfigError, match="28 merged units do not fit the 26 units"):
+        reader_of(exact, get_method("lococo", path=path), N, **PLAN)
+    deep = Backbone(build_tiny_model("llama", num_hidden_layers=3))
+    with pytest.raises(ConfigError, match="made for another model"):
+        reader_of(deep, get_method("lococo", path=path), N, **PLAN)
+    with pytest.raises(ConfigError, match="base 'kvmerger' does not score units by itself"):
+        get_method("lococo", path=path, base="kvmerger")

@@ -14,6 +14,7 @@ from locret.methods import (
     kvmerger,
     kvzap,
     lagkv,
+    lococo,
     locret,
     nacl,
     prefixkv,
@@ -43,6 +44,6 @@ from locret.methods.options import parse_options
 __all__ = [
     "ChunkView", "Method", "MethodInfo", "adakv", "cascading", "corm", "csp", "expected_attention", "fastkvzip",
     "find_method", "full", "get_method", "h2o", "keydiff", "knorm", "kvmerger", "kvzap", "lagkv", "list_methods",
-    "locret", "method_options", "method_slots", "nacl", "parse_options", "prefixkv", "pyramidkv", "random", "razor",
-    "recency", "register", "sirllm", "snapkv", "streamingllm", "tova", "wants_heads",
+    "lococo", "locret", "method_options", "method_slots", "nacl", "parse_options", "prefixkv", "pyramidkv",
+    "random", "razor", "recency", "register", "sirllm", "snapkv", "streamingllm", "tova", "wants_heads",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ Shapes: B batch, C new units (a chunk), P units cached before it, S = P + C, Hq/
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
@@ -116,10 +116,19 @@ class Method:
     def check(self, plan: CachePlan) -> None:
         """Raise a ConfigError when the options do not go with the cache's."""
 
+    @property
+    def made_for(self) -> dict[str, Any] | None:
+        """`Backbone.fingerprint()` of the model that the method's files were made on; None: they do not say."""
+        return None
+
     def describe(self) -> dict[str, Any]:
         """The options, for files: JSON values by name. Weights are not among them; files hold a digest of those."""
-        names = [field.name for field in fields(self) if field.name != "heads"]  # type: ignore[arg-type]
-        return {name: _plain(getattr(self, name)) for name in names}
+        return {field.name: _plain(getattr(self, field.name)) for field in option_fields(type(self))}
+
+
+def option_fields(cls: type[Method]) -> list[Field[Any]]:
+    """The fields that are options: not heads, which are files, nor what a method works out from its options."""
+    return [field for field in fields(cls) if field.init and field.name != "heads"]  # type: ignore[arg-type]
 
 
 def _plain(value: Any) -> Any:
@@ -180,11 +189,11 @@ def get_method(name: str, *, heads: RetainingHeads | None = None, **options: Any
     cls = find_method(name)
     if issubclass(cls, Wrapped):
         options = _with_base(cls, heads, options)
-    names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    names = [field.name for field in option_fields(cls)]
     for key in options:
         if key not in names:
-            raise unknown(f"option of method {name}", key, [n for n in names if n != "heads"])
-    if "heads" in names:
+            raise unknown(f"option of method {name}", key, names)
+    if wants_heads(name):
         if heads is None:
             raise ConfigError(f"method {name!r} needs heads trained for this model; give --heads FOLDER, train some "
                               "with `locret train`, or choose a training-free method: "
@@ -202,8 +211,7 @@ def list_methods() -> list[MethodInfo]:
 
 def method_options(name: str) -> dict[str, Any]:
     """The options of a method and their defaults, in order; without heads, which are files."""
-    found = fields(find_method(name))  # type: ignore[arg-type]
-    return {field.name: field.default for field in found if field.default is not MISSING}
+    return {field.name: field.default for field in option_fields(find_method(name)) if field.default is not MISSING}
 
 
 def method_slots(name: str) -> dict[str, str]:
@@ -266,13 +274,22 @@ class Wrapped(Method):
     heads: Any  # its weights, None for most; by this name a saved context knows whose weights it was made with
 
     def __post_init__(self) -> None:
-        scores = get_method(self.base) if isinstance(self.base, str) else self.base
-        if not scores.evicts or scores.ragged or scores.wants_surprisal or isinstance(scores, Wrapped):
+        scores = self._scores()
+        if (
+            not scores.evicts
+            or scores.ragged
+            or scores.wants_surprisal
+            or scores.reduces
+            or isinstance(scores, Wrapped)
+        ):
             raise ConfigError(f"{self.name}: base {scores.name!r} does not score units by itself")
         object.__setattr__(self, "scores", scores)
         for slot in ("rescoring", "state", "wants_hidden", "query_aware", "trained"):
             object.__setattr__(self, slot, getattr(scores, slot))
         object.__setattr__(self, "heads", getattr(scores, "heads", None))
+
+    def _scores(self) -> Method:
+        return get_method(self.base) if isinstance(self.base, str) else self.base
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "base": {"method": self.scores.name, **self.scores.describe()}}

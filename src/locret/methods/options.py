@@ -6,11 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import fields
 from typing import Any, get_args, get_origin, get_type_hints
 
 from locret.errors import ConfigError, unknown
-from locret.methods.base import BASE, find_method
+from locret.methods.base import BASE, find_method, option_fields
 
 _BOOLS = {"true": True, "false": False}
 
@@ -41,8 +40,7 @@ def option_types(method: str) -> dict[str, tuple[Any, Any]]:
     """(type, default) of every option of a method."""
     cls = find_method(method)
     hints = get_type_hints(cls)
-    names = {f.name: f.default for f in fields(cls) if f.name != "heads"}  # type: ignore[arg-type]
-    return {name: (hints[name], default) for name, default in names.items()}
+    return {field.name: (hints[field.name], field.default) for field in option_fields(cls)}
 
 
 def _read(method: str, key: str, text: str, kinds: dict[str, tuple[Any, Any]]) -> Any:

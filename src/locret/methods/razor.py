@@ -1,7 +1,7 @@
 """RazorAttention (arXiv:2407.15891): few heads fetch things from far back; the others keep the ends and one unit that
 stands for all they dropped."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -44,43 +44,47 @@ class Razor(Method):
     echo_share: float = 0.01
     induction_share: float = 0.14
     ratio: int = 5
+    found: list[list[bool]] = field(init=False, repr=False, compare=False)  # per layer and KV head: retrieval heads
+    backbone: dict[str, Any] | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         positive("razor", ratio=self.ratio)
         within("razor", 0.0, 1.0, echo_share=self.echo_share, induction_share=self.induction_share)
-        object.__setattr__(self, "classes", self._classes())
+        found, backbone = self._read()
+        object.__setattr__(self, "found", found)
+        object.__setattr__(self, "backbone", backbone)
 
-    def _classes(self) -> tuple[tuple[bool, ...], ...]:
-        """Per layer and KV head: is it a retrieval head? Without profiles: ()."""
+    def _read(self) -> tuple[list[list[bool]], dict[str, Any] | None]:
+        """Per layer and KV head: is it a retrieval head? And of which model. Without profiles: [], None."""
         if not self.echo and not self.induction:
-            return ()
+            return [], None
         if not (self.echo and self.induction):
             raise ConfigError("razor: give both profiles, echo and induction, or none of them")
         profiles = [HeadProfile.load(path) for path in (self.echo, self.induction)]
         if [p.kind for p in profiles] != ["echo", "induction"] or profiles[0].backbone != profiles[1].backbone:
             raise ConfigError(f"razor: {self.echo} and {self.induction} are {profiles[0].kind} and {profiles[1].kind} "
                               "profiles; wanted echo and induction, of one model")  # fmt: skip
-        chosen = retrieval_heads(*(p.per_kv_head() for p in profiles), echo_share=self.echo_share,
-                                 induction_share=self.induction_share)  # fmt: skip
-        return tuple(tuple(layer) for layer in chosen.tolist())
-
-    def describe(self) -> dict[str, Any]:
-        return {"ratio": self.ratio, "retrieval": [list(layer) for layer in self._found]}
+        found = retrieval_heads(*(p.per_kv_head() for p in profiles), echo_share=self.echo_share,
+                                induction_share=self.induction_share)  # fmt: skip
+        return found.tolist(), profiles[0].backbone
 
     @property
-    def _found(self) -> tuple[tuple[bool, ...], ...]:
-        return self.classes  # type: ignore[attr-defined]  # a frozen dataclass without the field
+    def made_for(self) -> dict[str, Any] | None:
+        return self.backbone
+
+    def describe(self) -> dict[str, Any]:
+        return {"ratio": self.ratio, "retrieval": self.found}
 
     def _weights(self, layer: int) -> list[int]:
         """What the heads of a layer get, in proportion."""
-        return [self.ratio if retrieves else 1 for retrieves in self._found[layer]]
+        return [self.ratio if retrieves else 1 for retrieves in self.found[layer]]
 
     def budgets(self, free: int, layers: int) -> list[int]:
-        if not self._found:
+        if not self.found:
             return [free] * layers
-        if len(self._found) != layers:
-            raise ConfigError(f"razor: the profiles have {len(self._found)} layers; this model has {layers} "
-                              "layers that take a budget; measure them on it")  # fmt: skip
+        if len(self.found) != layers:
+            raise ConfigError(f"razor: the profiles have {len(self.found)} layers, of which {layers} take a budget; it "
+                              "does not run models with sliding windows")  # fmt: skip
         return share_out(free * layers, [sum(self._weights(layer)) for layer in range(layers)])
 
     def score(self, view: ChunkView) -> Tensor:
@@ -94,11 +98,7 @@ class Razor(Method):
         free = real & ~pinned
         oldest = free & (free.cumsum(-1) == 1)  # the compensation unit, or the one that becomes it
         age = ranks(scores.masked_fill(~free, float("-inf"))).float()  # 0: the newest that is not pinned
-        weights = torch.tensor(self._weights(view.layer) if self._found else [1] * heads, device=scores.device)
-        if len(weights) != heads:
-            raise ConfigError(
-                f"razor: the profiles have {len(weights)} KV heads; this model has {heads}; measure them on it"
-            )
+        weights = torch.tensor(self._weights(view.layer) if self.found else [1] * heads, device=scores.device)
         ranked = (-age / weights[:, None]).masked_fill(~real, float("-inf"))
         keep = select_across_heads(ranked, budget, pinned | oldest, floor=1)
         kept = (
