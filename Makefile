@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 # The stamp's name carries a checksum of what decides the environment: a changed dependency makes a new one due.
 STAMP := $(VENV)/.locret-$(shell cat pyproject.toml constraints.txt | cksum | tr -s ' ' '-')
 
-.PHONY: help demo test check format gpu-test wheel wheel-test docs clean
+.PHONY: help demo test check format gpu-test eval-quick wheel wheel-test docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,6 +37,12 @@ gpu-test:  ## tests that need a CUDA device, the embedded model included
 	  python=$(PYTHON); \
 	else $(MAKE) --no-print-directory $(STAMP); python=$(BIN)/python; fi; \
 	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} "$$python" -m pytest -q -m gpu -p no:cacheprovider
+
+# Two processes of one thread share the samples: that is faster than one of two, and the numbers do not depend on it.
+eval-quick: $(STAMP)  ## 6 tasks x 5 methods x 2 budgets at 4K on two cores, with a report: runs/eval-quick/report.html
+	@pids=; for rank in 0 1; do \
+	  RANK=$$rank WORLD_SIZE=2 OMP_NUM_THREADS=1 $(BIN)/locret eval recipes/grids/quick.toml --output runs/eval-quick & pids="$$pids $$!"; \
+	done; trap 'kill $$pids; exit 130' INT TERM; for pid in $$pids; do wait $$pid; done
 
 wheel: $(STAMP)  ## dist/locret-*.whl
 	@rm -rf dist && $(BIN)/python -m build --wheel --no-isolation --outdir dist . >/dev/null && ls -l dist/*.whl

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,25 @@ stderr. `locret chat --json` prints one object per line.
 def render() -> str:
     """The page."""
     group: Any = typer.main.get_command(app)
-    verbs = [_verb(name, command) for name, command in group.commands.items()]
+    verbs = [_verb(name, command) for name, command in _flat(group)]
     return "\n".join([HEAD, *verbs])
+
+
+def _flat(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Verbs, and the verbs of groups such as `locret heads`."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _flat(command, f"{prefix}{name} ")
+        else:
+            yield f"{prefix}{name}", command
 
 
 def _verb(name: str, command: Any) -> str:
     lines = [f"## `locret {name}`", "", inspect.cleandoc(command.help or ""), ""]
     options = [p for p in command.params if p.name != "help"]
+    arguments = [p for p in options if p.param_type_name == "argument"]
+    lines += [f"- `{p.name.upper()}`: {_escape(p.help or '')}" for p in arguments] + [""] * bool(arguments)
+    options = [p for p in options if p not in arguments]
     for panel, members in groupby(options, key=lambda p: p.rich_help_panel or "Options"):
         lines += [f"| {panel} | default | meaning |", "|---|---|---|"]
         lines += [f"| {_flags(p)} | {_default(p)} | {_escape(p.help or '')} |" for p in members]

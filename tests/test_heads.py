@@ -14,8 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from locret import heads as heads_module
 from locret.backbone import Backbone
+from locret.config import CacheConfig
 from locret.errors import HeadsError
 from locret.heads import CONFIG_FILE, WEIGHTS_FILE, HeadsConfig, RetainingHeads
+from locret.methods import get_method
+from locret.prefill import Reader
 
 SHAPE = dict(num_layers=2, num_q_heads=4, num_kv_heads=2, head_dim=8, hidden_size=16)
 TINY = dict(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
@@ -155,8 +158,8 @@ BROKEN = {
     "newer": (lambda f: edit_config(f, version=2), "version 2, but this locret reads versions up to 1; upgrade"),
     "bad number": (lambda f: edit_config(f, num_layers="2"), "num_layers is '2'; it must be a whole number"),
     "activation": (lambda f: edit_config(f, activation="sillu"), "activation is 'sillu'; this locret knows: .*silu"),
-    "input": (lambda f: edit_config(f, input="hidden"), "input is 'hidden'; this locret knows: qkv"),
-    "label": (lambda f: edit_config(f, label="mass"), "label is 'mass'; this locret knows: max-logit"),
+    "input": (lambda f: edit_config(f, input="hiden"), "input is 'hiden'; this locret knows: hidden, qkv"),
+    "label": (lambda f: edit_config(f, label="mass"), "label is 'mass'; this locret knows: log-mass, log-value, max"),
     "mixed saves": (
         lambda f: edit_config(f, num_layers=3),
         "not from one save: num_layers is 3 in the first, 2 in the",
@@ -416,3 +419,67 @@ def test_broken_published_files_are_errors(tmp_path, backbone):
     (shards / "b.safetensors").unlink()
     with pytest.raises(HeadsError, match=r"names shards that are missing: b\.safetensors"):
         RetainingHeads.from_published(shards, backbone)
+
+
+def test_products_may_run_in_bf16_over_fp32_weights():
+    """As training does on a GPU: scores and gradients are those of fp32 up to bf16's rounding, weights stay fp32."""
+    q, k, v = qkv(length=200)
+    results = []
+    for dtype in (None, torch.bfloat16):
+        heads = make()
+        with torch.no_grad():
+            for weight in heads.parameters():
+                weight.mul_(10)
+        heads.compute_dtype = dtype
+        scores = heads.score(0, q, k, v)
+        (scores**2).mean().backward()
+        weights = list(heads.layers[0].parameters())
+        assert {p.grad.dtype for p in weights} == {p.dtype for p in weights} == {scores.dtype} == {torch.float32}
+        results.append((scores.detach(), *(p.grad for p in weights)))
+    for exact, rounded in zip(*results):
+        assert 0 < (exact - rounded).norm() < 0.02 * exact.norm()
+
+
+# ---------------------------------------------------------------------- heads that read hidden states
+
+
+def test_hidden_heads_equal_an_independent_reading():
+    """score[t, j] = (W2 . silu(W1 . h_t))_j, float64."""
+    heads = make(input="hidden", backbone={"hidden_size": 12})
+    q, k, v = qkv()
+    hidden = torch.randn(2, 11, 12, generator=torch.Generator().manual_seed(4))
+    for layer in range(2):
+        w1, w2 = (heads.state_dict()[f"layers.{layer}.{name}.weight"].double() for name in ("fc1", "fc2"))
+        x = hidden.double() @ w1.T
+        want = ((x * torch.sigmoid(x)) @ w2.T).transpose(1, 2)
+        got = heads.score(layer, q, k, v, hidden)
+        torch.testing.assert_close(got.double(), want, atol=1e-6, rtol=1e-4)
+
+
+def test_hidden_heads_need_the_size_of_the_hidden_state():
+    with pytest.raises(HeadsError, match='input is "hidden", but backbone names no hidden_size'):
+        HeadsConfig(**SHAPE, input="hidden")
+
+
+def test_inference_gives_hidden_heads_what_the_projections_read(backbone):
+    """Chunked prefill through the method: the scores are those of the same tokens' normed hidden states."""
+    heads = RetainingHeads(HeadsConfig.of(backbone, hidden_size=16, input="hidden"))
+    method, seen, read = get_method("locret", heads=heads), {}, {}
+    for i, layer in enumerate(backbone.model.model.layers):
+        layer.self_attn.q_proj.register_forward_pre_hook(lambda m, a, i=i: read.setdefault(i, []).append(a[0]))
+    score = heads.score
+    heads.score = lambda layer, *x: seen.setdefault(layer, []).append(x[3]) or score(layer, *x)
+    ids = torch.arange(8, 60)[None]
+    config = CacheConfig(budget=24, chunk_size=16, num_sinks=0, num_stabilizers=0, local_window=0, decode_interval=1)
+    with torch.no_grad():
+        Reader.start(backbone, method, config, batch=1, prompt_len=52).read(ids)
+    for i in range(2):
+        assert torch.equal(torch.cat(seen[i], 1), torch.cat(read[i], 1)[:, -52:])
+
+
+def test_a_config_of_before_there_were_choices_loads(saved):
+    """Files written by 0.1.0 name neither objective nor query_aware."""
+    values = json.loads((saved / CONFIG_FILE).read_text())
+    old = {name: value for name, value in values.items() if name not in ("objective", "query_aware")}
+    config = HeadsConfig.from_dict(old)
+    assert (config.objective, config.query_aware, config.input, config.label) == ("paper", False, "qkv", "max-logit")

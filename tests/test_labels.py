@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from locret.errors import DataError
-from locret.labels import importance_labels
+from locret.errors import ConfigError, DataError
+from locret.labels import LABELS, attention_labels, importance_labels
 
 
 def naive(q: torch.Tensor, k: torch.Tensor, prompt_len: int, scale: float) -> torch.Tensor:
@@ -77,3 +77,77 @@ def test_no_prompt_or_no_answer_is_an_error(prompt_len):
     q, k = random_qk()
     with pytest.raises(DataError, match="labels need 1 to 36"):
         importance_labels(q, k, prompt_len, 1.0)
+
+
+# ---------------------------------------------------------------------- other labels, several answers
+
+
+def naive_attention(kind, q, k, v, answers, scale, softcap=None) -> torch.Tensor:
+    """One prompt unit at a time, whole rows of softmax, float64: the definitions in labels.py, read literally."""
+    (batch, num_q, _, _), num_kv = q.shape, k.shape[1]
+    q, k, v = q.double(), k.double(), v.double()
+    out = torch.full((batch, num_kv, answers[-1][0]), float("-inf"), dtype=torch.float64)
+    for b in range(batch):
+        for j in range(num_kv):
+            for start, stop in answers:
+                rows = []  # per answer token and query head: (logits, n_p a) over the answer's prompt
+                for p in range(start, stop):
+                    for head in range(j * num_q // num_kv, (j + 1) * num_q // num_kv):
+                        z = scale * (k[b, j, : p + 1] @ q[b, head, p])
+                        z = z if softcap is None else softcap * torch.tanh(z / softcap)
+                        rows.append((z[:start], (p + 1) * z.softmax(0)[:start]))
+                z, a = (torch.stack(part) for part in zip(*rows))
+                label = {
+                    "max-logit": lambda: z.max(0).values,  # noqa: B023
+                    "log-mass": lambda: a.mean(0).log(),  # noqa: B023
+                    "log-value": lambda: (a.max(0).values * v[b, j, :start].norm(dim=-1)).log(),  # noqa: B023
+                }[kind]()
+                out[b, j, :start] = torch.maximum(out[b, j, :start], label)
+    return out
+
+
+@pytest.mark.parametrize("block_elements", [1, 61, 1 << 24])
+@pytest.mark.parametrize("answers", [[(23, 37)], [(5, 9), (9, 12), (30, 33)], [(1, 2), (36, 37)]])
+@pytest.mark.parametrize("kind", LABELS)
+def test_every_label_of_every_answer_equals_its_definition(kind, answers, block_elements):
+    q, k = random_qk()
+    v = random_qk(seed=3)
+    v = next(v)[:, :2]
+    got = attention_labels(kind, q, k, v, answers, 0.37, block_elements=block_elements)
+    assert got.dtype == torch.float32
+    want = naive_attention(kind, q, k, v, answers, 0.37)
+    torch.testing.assert_close(got.double(), want, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_a_softcap_is_part_of_every_label(kind):
+    q, k = random_qk(num_q=6, num_kv=2)
+    v = k + 1
+    want = naive_attention(kind, q, k, v, [(20, 30)], 1.0, 3.0)
+    got = attention_labels(kind, q, k, v, [(20, 30)], 1.0, softcap=3.0, block_elements=50)
+    torch.testing.assert_close(got.double(), want, atol=2e-5, rtol=1e-5)
+
+
+def test_uniform_attention_is_zero_log_mass_at_any_length():
+    """Worked by hand: with zero queries every unit gets a = 1 / n_p, so n_p a = 1 and its log is 0."""
+    for length in (5, 50):
+        q, k = torch.zeros(1, 2, length, 8), torch.randn(1, 1, length, 8)
+        got = attention_labels("log-mass", q, k, k, [(length - 2, length)], 1.0)
+        torch.testing.assert_close(got, torch.zeros(1, 1, length - 2), atol=1e-6, rtol=0)
+
+
+def test_a_value_of_zero_has_a_finite_label():
+    q, k = random_qk()
+    assert torch.isfinite(attention_labels("log-value", q, k, torch.zeros_like(k), [(20, 30)], 1.0)).all()
+
+
+def test_one_answer_is_the_published_label_bit_for_bit():
+    q, k = random_qk()
+    got = attention_labels("max-logit", q, k, k, [(23, 37)], 0.37)
+    assert torch.equal(got, importance_labels(q, k, 23, 0.37))
+
+
+def test_an_unknown_label_is_named():
+    q, k = random_qk()
+    with pytest.raises(ConfigError, match=r"unknown label 'log-mas'.*did you mean 'log-mass'"):
+        attention_labels("log-mas", q, k, k, [(20, 30)], 1.0)

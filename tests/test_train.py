@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,14 +20,15 @@ from conftest import build_byte_tokenizer, build_tiny_model
 from test_labels import naive
 from transformers import AttentionInterface
 
-from locret import train as train_module
 from locret.backbone import Backbone
 from locret.data import Sample, Samples
 from locret.errors import ConfigError, DataError, HeadsError, NumericsError
 from locret.heads import RetainingHeads
 from locret.kernels.attention import reference_attention
-from locret.labels import importance_labels
-from locret.train import CHECKPOINT_FILE, LOG_FILE, LabelContext, TrainConfig, layer_loss, top_overlap, train
+from locret.labels import attention_labels
+from locret.train import CHECKPOINT_FILE, LOG_FILE, LabelContext, TrainConfig, layer_loss, passes, top_overlap, train
+from locret.train import run as run_module
+from locret.train.run import Run
 
 TINY = dict(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
 SMALL = dict(steps=12, hidden_size=16, eval_samples=2, eval_every=6, log_every=3, checkpoint_every=4)
@@ -55,6 +57,10 @@ def one_thread():
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
     return make_backbone()
+
+
+def run_of(backbone, data, folder, **options) -> Run:
+    return Run(backbone, Samples(data, None), folder, TrainConfig(**{"hidden_size": 16, "eval_samples": 0, **options}))
 
 
 def weights_of(heads: RetainingHeads) -> list[torch.Tensor]:
@@ -91,7 +97,8 @@ def test_labels_in_training_are_the_logits_of_plain_attention(family):
     seen = {}
     layers = range(backbone.num_layers)
     rope = backbone.rope(ids.shape[1], prompt_len)
-    context = LabelContext(rope, layers, prompt_len, prompt_len, lambda i, q, k, v, y: seen.update({i: (q, k, v, y)}))
+    answers = [(prompt_len, ids.shape[1])]
+    context = LabelContext(rope, layers, answers, prompt_len, lambda i, x, y: seen.update({i: (x.q, x.k, x.v, y)}))
     with torch.no_grad():
         backbone.run(ids, context, logits=0)
     for i in layers:
@@ -111,7 +118,7 @@ def test_heads_see_the_projections_before_rope():
             )
     ids = torch.tensor([make_samples(1)[0].prompt_ids])
     context = LabelContext(
-        backbone.rope(ids.shape[1], 20), [0, 1], 20, 20, lambda i, q, k, v, y: seen.update({i: (q, k, v)})
+        backbone.rope(ids.shape[1], 20), [0, 1], [(20, ids.shape[1])], 20, lambda i, x, y: seen.update({i: x[:3]})
     )
     with torch.no_grad():
         backbone.run(ids, context, logits=0)
@@ -120,19 +127,13 @@ def test_heads_see_the_projections_before_rope():
             assert torch.equal(x.transpose(1, 2).flatten(2), projected[i, name][:, :20])
 
 
-def test_truncation_learns_from_the_first_tokens_with_the_labels_of_the_whole_prompt(backbone, monkeypatch):
+def test_truncation_learns_from_the_first_tokens_with_the_labels_of_the_whole_prompt(backbone, tmp_path, monkeypatch):
     """As released: labels come from the full prompt and answer, then both are cut."""
     sample, shapes = make_samples(1, length=80)[0], []
-    whole = importance_labels
-    monkeypatch.setattr(
-        train_module, "layer_loss", lambda s, y, *a: shapes.append((s.shape, y)) or layer_loss(s, y, *a)
-    )
-    monkeypatch.setattr(
-        train_module, "importance_labels", lambda *a, **k: shapes.append(whole(*a, **k)) or whole(*a, **k)
-    )
-    samples = Samples([sample], None)
-    run = train_module._Run(backbone, samples, Path("unused"), TrainConfig(max_length=10, truncate=True, steps=1))
-    run._learn(sample)
+    whole = attention_labels
+    monkeypatch.setattr(run_module, "layer_loss", lambda s, y, *a: shapes.append((s.shape, y)) or layer_loss(s, y, *a))
+    monkeypatch.setattr(passes, "attention_labels", lambda *a, **k: shapes.append(whole(*a, **k)) or whole(*a, **k))
+    run_of(backbone, [sample], tmp_path, max_length=10, truncate=True, steps=1).learn(sample)
     for full, (shape, cut) in zip(shapes[::2], shapes[1::2]):
         assert shape == (1, 2, 10)
         assert torch.equal(cut, full[:, :, :10])
@@ -153,16 +154,16 @@ def test_the_loss_is_the_released_one():
     assert got.item() == pytest.approx((fit + 0.0025 * steps).item(), rel=1e-5)
 
 
-def test_gradients_are_those_of_one_loss_over_all_layers(backbone):
+def test_gradients_are_those_of_one_loss_over_all_layers(backbone, tmp_path):
     """Backward inside each layer = backward of the summed loss after the pass."""
     sample = make_samples(1)[0]
-    run = train_module._Run(backbone, Samples([sample], None), Path("unused"), TrainConfig(hidden_size=16))
-    loss = run._learn(sample)
+    run = run_of(backbone, [sample], tmp_path)
+    loss = run.learn(sample)
     got = [p.grad.clone() for p in run.weights]
     inputs = {}
-    run._forward(sample, lambda i, *tensors: inputs.update({i: tensors}))
+    run.label_pass(sample, lambda i, *tensors: inputs.update({i: tensors}))
     run.optimizer.zero_grad()
-    total = sum(layer_loss(run.heads.score(i, q, k, v), y, len(inputs), 0.0025) for i, (q, k, v, y) in inputs.items())
+    total = sum(layer_loss(run.heads.score(i, *x), y, len(inputs), 0.0025) for i, (x, y) in inputs.items())
     total.backward()
     assert loss.item() == pytest.approx(total.item(), rel=1e-6)
     for a, p in zip(got, run.weights):
@@ -193,11 +194,9 @@ def test_the_loss_falls_and_heads_find_the_important_tokens(family, tmp_path):
     losses = [json.loads(line)["loss"] for line in (tmp_path / LOG_FILE).read_text().splitlines()]
     assert result.loss < 0.5 * losses[0]
     overlaps = []
-    run = train_module._Run(backbone, Samples(data, None), tmp_path, config)
+    run = Run(backbone, Samples(data, None), tmp_path, config)
     for sample in data:
-        run._forward(
-            sample, lambda i, q, k, v, y: overlaps.append(top_overlap(result.heads.score(i, q, k, v), y).mean())
-        )
+        run.label_pass(sample, lambda i, x, y: overlaps.append(top_overlap(result.heads.score(i, *x), y).mean()))
     assert torch.stack(overlaps).mean() > 0.5  # chance: 0.1
 
 
@@ -207,7 +206,8 @@ def test_the_loss_falls_and_heads_find_the_important_tokens(family, tmp_path):
 def test_training_writes_heads_a_log_and_a_small_mark(backbone, tmp_path):
     progress = []
     result = train(backbone, make_samples(), tmp_path, TrainConfig(**SMALL), on_progress=progress.append)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [CHECKPOINT_FILE, "config.json", "heads.safetensors", LOG_FILE]
+    names = ["best", CHECKPOINT_FILE, "config.json", "data.json", "heads.safetensors", LOG_FILE]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
     assert (tmp_path / CHECKPOINT_FILE).stat().st_size < 8000  # finished: no weights, no optimizer
     loaded = RetainingHeads.from_pretrained(tmp_path)
     loaded.check(backbone)
@@ -249,13 +249,13 @@ def test_a_bf16_backbone_trains_fp32_heads(tmp_path):
 def test_accumulation_averages_samples(backbone, tmp_path):
     """One step over two samples = the mean of their gradients."""
     data = make_samples(2)
-    run = train_module._Run(backbone, Samples(data, None), tmp_path, TrainConfig(hidden_size=16, accumulate=2))
+    run = run_of(backbone, data, tmp_path, accumulate=2)
     for sample in data:
-        run._learn(sample)
+        run.learn(sample)
     both = [p.grad.clone() for p in run.weights]
-    single = train_module._Run(backbone, Samples(data, None), tmp_path, TrainConfig(hidden_size=16))
+    single = run_of(backbone, data, tmp_path)
     for sample in data:
-        single._learn(sample)
+        single.learn(sample)
     for a, p in zip(both, single.weights):
         torch.testing.assert_close(a, p.grad / 2)
 
@@ -275,11 +275,11 @@ def test_long_samples_are_skipped_and_counted(backbone, tmp_path):
     data = [*make_samples(6, length=20), *make_samples(3, length=200, seed=1)]
     result = train(backbone, data, tmp_path, TrainConfig(steps=18, hidden_size=16, eval_samples=0, max_length=50))
     assert result.skipped == 3  # once each, though three epochs went by
-    assert "3 samples over max_length skipped" in result.summary()
+    assert "3 of 9 samples dropped (3 over max_length)" in result.summary()
 
 
 def test_only_long_samples_is_an_error(backbone, tmp_path):
-    with pytest.raises(DataError, match="all 3 samples have prompts of more than max_length 5 tokens"):
+    with pytest.raises(DataError, match=r"none of 3 samples can be used: 3 over max_length, first s0"):
         train(backbone, make_samples(3), tmp_path, TrainConfig(steps=2, max_length=5))
 
 
@@ -291,11 +291,11 @@ def test_ids_outside_the_vocabulary_are_named(backbone, tmp_path):
 def test_a_loss_that_is_not_finite_names_the_sample(backbone, tmp_path, monkeypatch):
     """And the checkpoint from before it is not overwritten with NaN weights."""
 
-    def poisoned(q, k, prompt_len, scale, **kw):
-        labels = importance_labels(q, k, prompt_len, scale, **kw)
-        return labels * float("nan") if prompt_len == 77 else labels
+    def poisoned(*args, **options):
+        labels = attention_labels(*args, **options)
+        return labels * float("nan") if labels.shape[-1] == 77 else labels
 
-    monkeypatch.setattr(train_module, "importance_labels", poisoned)
+    monkeypatch.setattr(passes, "attention_labels", poisoned)
     data = [*make_samples(20), Sample([9] * 77, [10], "poison.jsonl:5")]
     with pytest.raises(NumericsError, match=r"poison\.jsonl:5: the loss is nan"):
         train(backbone, data, tmp_path, TrainConfig(**{**SMALL, "steps": 60, "log_every": 50}))
@@ -340,8 +340,9 @@ CHILD = """
 import sys, time
 sys.path.insert(0, {tests!r})
 from test_train import *
+from locret.train import progress_bar
 torch.set_num_threads(1)
-with train_module.progress_bar() as report:
+with progress_bar() as report:
     def slow(progress):
         report(progress)
         time.sleep({pause})
@@ -463,21 +464,85 @@ def test_the_schedule_rises_and_falls():
     assert TrainConfig(steps=5, warmup_steps=0).lr_at(0) == 5e-4
 
 
-def largest_change(backbone, **options) -> float:
+def test_other_schedules():
+    published = TrainConfig(schedule="published")  # 3000 steps: warm-up 2000, then linearly to 0
+    assert [published.lr_at(s) for s in (0, 999, 1999, 2500)] == pytest.approx([2.5e-7, 2.5e-4, 5e-4, 2.5e-4])
+    cosine = TrainConfig(steps=100, lr=1.0, schedule="cosine", warmup_steps=0)
+    assert [cosine.lr_at(s) for s in (0, 50)] == pytest.approx([1.0, 0.5])
+    assert 0 < cosine.lr_at(99) < 0.001
+    assert TrainConfig(steps=100, lr=1.0, schedule="constant").lr_at(99) == 1.0
+
+
+def test_logs_also_go_to_tensorboard_where_it_is_installed(backbone, tmp_path, monkeypatch):
+    class Writer:
+        scalars: list = []  # noqa: RUF012
+
+        def __init__(self, folder):
+            self.folder = folder
+
+        def add_scalar(self, name, value, step):
+            self.scalars.append((name, step))
+
+        def close(self):
+            self.scalars.append(("closed", self.folder))
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    train(backbone, make_samples(), tmp_path, TrainConfig(**SMALL, log_to=["tensorboard"]))
+    assert {("loss", 3), ("lr", 12), ("overlap", 6), ("overlap_at_0.05", 12)} <= set(Writer.scalars)
+    assert Writer.scalars[-1] == ("closed", str(tmp_path / "tensorboard"))
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match="log_to names 'wandb', which is not installed: pip install wandb"):
+        train(backbone, make_samples(), tmp_path, TrainConfig(**SMALL, log_to=["wandb"]), resume=False)
+
+
+def test_a_checkpoint_of_the_first_version_goes_on(backbone, tmp_path):
+    """It knows none of today's further options and fields: those had their defaults."""
+    whole = train(backbone, make_samples(), tmp_path / "whole", TrainConfig(**SMALL))
+    with pytest.raises(Stop):
+        train(backbone, make_samples(), tmp_path / "parts", TrainConfig(**SMALL), on_progress=stop_at(5))
+    path = tmp_path / "parts" / CHECKPOINT_FILE
+    content = torch.load(path, weights_only=True)
+    first = [
+        "accumulate",
+        "betas",
+        "clip_value",
+        "eval_samples",
+        "hidden_size",
+        "init",
+        "lr",
+        "max_length",
+        "seed",
+        "smoothness",
+        "steps",
+        "truncate",
+    ]
+    first += ["warmup_steps", "weight_decay"]
+    named = {name for name in content["identity"] if not name.startswith("option ")}
+    content["identity"] = {k: v for k, v in content["identity"].items() if k in named or k[7:] in first}
+    del content["state"]["best"], content["names"]
+    content["losses"] = content["losses"].float()
+    torch.save(content, path)
+    assert same(train(backbone, make_samples(), tmp_path / "parts", TrainConfig(**SMALL)).heads, whole.heads)
+    torch.save(content, path)
+    with pytest.raises(ConfigError, match="option objective: 'paper' there, 'ranking' now"):
+        train(backbone, make_samples(), tmp_path / "parts", TrainConfig(**SMALL, objective="ranking"))
+
+
+def largest_change(backbone, folder, **options) -> float:
     """Of a weight in the first step of Adam, which moves every weight by about the learning rate."""
     sample = make_samples(1)[0]
     config = TrainConfig(hidden_size=16, weight_decay=0.0, **options)
-    run = train_module._Run(backbone, Samples([sample], None), Path("unused"), config)
+    run = Run(backbone, Samples([sample], None), folder, config)
     before = weights_of(run.heads)
-    run._step(iter([(sample, 1, 0)]))
+    run.step(iter([sample]))
     return max((a - b).abs().max().item() for a, b in zip(before, run.heads.parameters()))
 
 
-def test_a_step_takes_the_scheduled_rate_and_clips_gradients(backbone):
-    assert largest_change(backbone, lr=1e-3, steps=10, warmup_steps=10) == pytest.approx(1e-4, rel=0.01)
-    assert largest_change(backbone, lr=1e-3, steps=10, warmup_steps=0) == pytest.approx(1e-3, rel=0.01)
+def test_a_step_takes_the_scheduled_rate_and_clips_gradients(backbone, tmp_path):
+    assert largest_change(backbone, tmp_path, lr=1e-3, steps=10, warmup_steps=10) == pytest.approx(1e-4, rel=0.01)
+    assert largest_change(backbone, tmp_path, lr=1e-3, steps=10, warmup_steps=0) == pytest.approx(1e-3, rel=0.01)
     # a gradient far below Adam's epsilon (1e-8) hardly moves anything
-    assert largest_change(backbone, lr=1e-3, steps=10, warmup_steps=0, clip_value=1e-11) < 2e-6
+    assert largest_change(backbone, tmp_path, lr=1e-3, steps=10, warmup_steps=0, clip_value=1e-11) < 2e-6
 
 
 @pytest.mark.parametrize(
@@ -492,6 +557,13 @@ def test_a_step_takes_the_scheduled_rate_and_clips_gradients(backbone):
         ({"warmup_steps": 11, "steps": 10}, "warmup_steps is 11; it must be 0 to 10"),
         ({"truncate": 1}, "truncate is 1; it must be true or false"),
         ({"accumulate": True}, "accumulate is True"),
+        ({"objective": "papper"}, "unknown objective 'papper'; .*did you mean 'paper'"),
+        ({"input": "q"}, "unknown input 'q'; valid: hidden, qkv"),
+        ({"log_to": ["tensorbord"]}, "did you mean 'tensorboard'"),
+        ({"eval_budgets": [0.1, 2]}, r"eval_budgets is \[0.1, 2\]; it must be shares"),
+        ({"evict_budget": 0}, "evict_budget is 0; it must be units"),
+        ({"evict_stabilizers": -1}, "evict_stabilizers is -1"),
+        ({"top_share": 1}, "top_share is 1"),
     ],
 )
 def test_bad_options_are_errors(options, message):
@@ -518,8 +590,8 @@ def test_holding_everything_out_is_an_error(backbone, tmp_path):
 
 def test_held_out_samples_are_never_trained_on(backbone, tmp_path, monkeypatch):
     learned = set()
-    learn = train_module._Run._learn
-    monkeypatch.setattr(train_module._Run, "_learn", lambda self, s: learned.add(s.name) or learn(self, s))
+    learn = Run.learn
+    monkeypatch.setattr(Run, "learn", lambda self, s: learned.add(s.name) or learn(self, s))
     train(backbone, make_samples(10), tmp_path, TrainConfig(**{**SMALL, "steps": 30, "eval_samples": 3}))
     assert len(learned) == 7
 

@@ -106,11 +106,6 @@ def leave(x: Tensor, attended: Tensor, done: Finish, norm: Tensor, embedding: Te
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
-def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
-    """sum(w * loss) / sum(w): a token's share of the loss does not depend on how many tokens weigh nothing."""
-    return (losses * weights).sum() / weights.sum().clamp_min(1e-6)
-
-
 class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -21,7 +21,7 @@ import contextlib
 import copy
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -150,12 +150,17 @@ class Backbone:
         self.hidden_act: str = getattr(model.config, "hidden_act", None) or model.config.hidden_activation
 
     @classmethod
-    def load(cls, name_or_path: str | Path | None = None, *, device: str = "auto", dtype: str = "auto") -> Backbone:
+    def load(
+        cls, name_or_path: str | Path | None = None, *, device: str = "auto", dtype: str = "auto",
+        options: Mapping[str, Any] | None = None,
+    ) -> Backbone:  # fmt: skip
         """Load a model folder or hub id; no name: the small model that ships with locret.
 
         Args:
             device: "auto" (CUDA when there is one), "cpu", "cuda", "cuda:1".
             dtype: "auto" (as stored; float32 on a CPU), "float32", "bfloat16", "float16".
+            options: further keywords of `from_pretrained`: quantization_config, device_map, max_memory, revision ...
+                With a device_map the model stays where that puts it.
         Raises: BackboneError: it cannot be loaded, or cannot be run faithfully.
         """
         where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
@@ -165,10 +170,13 @@ class Backbone:
             raise unknown("dtype", dtype, [*_DTYPES, "auto"])
         path = str(EMBEDDED if name_or_path is None else name_or_path)
         wanted: Any = _DTYPES.get(dtype, torch.float32 if where.type == "cpu" else "auto")
+        options = dict(options or {})
+        if "quantization_config" in options and where.type == "cuda":
+            options.setdefault("device_map", {"": where})  # quantised weights are made in place and cannot be moved
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=wanted)
+            model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=wanted, **options)
             tokenizer = AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
             raise BackboneError(
                 f"cannot load a model from {path!r}: {_first_line(error)}; give a folder with config.json, weights and "
                 "tokenizer, or a hub id that this machine can reach"
@@ -177,7 +185,9 @@ class Backbone:
             if type(error).__module__.startswith("safetensors"):
                 raise BackboneError(f"the weights in {path!r} are broken: {_first_line(error)}") from error
             raise
-        return cls(model.to(where).eval(), tokenizer)
+        if "device_map" not in options:
+            model = model.to(where)
+        return cls(model.eval(), tokenizer)
 
     def need_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, for text; a ConfigError where the model was given without one."""
@@ -192,6 +202,16 @@ class Backbone:
     @property
     def dtype(self) -> torch.dtype:
         return self.model.dtype
+
+    def layer_device(self, layer: int) -> torch.device:
+        """Where a layer's attention runs; layers of a model loaded with a `device_map` may lie on different devices."""
+        module = self.attention_modules[layer]
+        for part in module.modules():
+            hook = getattr(part, "_hf_hook", None)  # accelerate's: weights may wait elsewhere until they are needed
+            where = getattr(hook, "execution_device", None)
+            if where is not None:
+                return torch.device(where)
+        return next(module.parameters()).device
 
     def fingerprint(self) -> dict[str, Any]:
         """What heads are made for: they fit every model with the same fingerprint."""
@@ -381,7 +401,8 @@ def _is_rotated(
     if torch.equal(neutral.q[i], real.q[i]) and torch.equal(neutral.k[i], real.k[i]):
         return False
     like = torch.zeros(1, 1, dtype=backbone.dtype, device=backbone.device)
-    cos, sin = backbone.rotary(like, positions, *(() if kind is None else (kind,)))
+    angles = backbone.rotary(like, positions, *(() if kind is None else (kind,)))
+    cos, sin = (angle.to(neutral.q[i].device) for angle in angles)
     ours = apply_rope(neutral.q[i], neutral.k[i], cos, sin)
     tolerance = 2e-2 if backbone.dtype in (torch.bfloat16, torch.float16) else 1e-3
     for mine, theirs in zip(ours, (real.q[i], real.k[i]), strict=True):

@@ -8,8 +8,11 @@ q, k, v are the token's own projections before RoPE, all heads flattened, so a s
 been read. `act` is the backbone's MLP activation. The width of W1, d_R, was 1024 in the release; the paper's table 16
 finds 256 equally good, with a quarter of the weights, so 256 is our default.
 
-Shapes: B batch, T tokens, Hq / Hkv query / KV heads, D head dim, L layers.
-    fc1 [d_R, (Hq + 2 Hkv) D]      fc2 [Hkv, d_R]
+With `input: "hidden"` a head reads what the layer's projections read instead, W1 . h_t (as KVzap, arXiv:2601.07891,
+and an abandoned variant in the release's Phi-3 file do).
+
+Shapes: B batch, T tokens, Hq / Hkv query / KV heads, D head dim, E hidden size, L layers.
+    fc1 [d_R, (Hq + 2 Hkv) D] or [d_R, E]      fc2 [Hkv, d_R]
 
 On disk: `config.json` (what the heads are for) and `heads.safetensors`. Loading is strict: whatever is missing, extra,
 misshapen, not finite or made for another backbone is an error, never a head with random weights.
@@ -24,7 +27,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import huggingface_hub
 import torch
@@ -35,14 +38,14 @@ from transformers.activations import ACT2FN
 
 from locret.errors import HeadsError
 from locret.files import atomic_write, write_text
+from locret.labels import LABELS
 
 if TYPE_CHECKING:
     from locret.backbone import Backbone
 
 VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "heads.safetensors"
-INPUTS = ("qkv",)  # what a head reads
-LABELS = ("max-logit",)  # what it was trained to predict: labels.importance_labels
+INPUTS = ("qkv", "hidden")  # what a head reads
 INIT_STD = 0.02  # the release leaves the initialisation to transformers: N(0, initializer_range)
 
 
@@ -56,8 +59,10 @@ class HeadsConfig:
     head_dim: int
     hidden_size: int = 256  # d_R
     activation: str = "silu"
-    input: str = "qkv"
-    label: str = "max-logit"
+    input: str = "qkv"  # one of INPUTS
+    label: str = "max-logit"  # what the scores predict: one of labels.LABELS
+    objective: str = "paper"  # how they were compared with it while training: train.objectives
+    query_aware: bool = False  # trained on prompts that begin with the question: show them the same at inference
     backbone: dict[str, Any] = field(default_factory=dict)  # Backbone.fingerprint()
     training: dict[str, Any] = field(default_factory=dict)  # free text and numbers for people
     version: int = VERSION
@@ -74,16 +79,26 @@ class HeadsConfig:
         _one_of("activation", self.activation, ACT2FN)
         _one_of("input", self.input, INPUTS)
         _one_of("label", self.label, LABELS)
+        if not isinstance(self.objective, str) or not isinstance(self.query_aware, bool):
+            raise HeadsError(
+                f"heads config: objective is {self.objective!r} and query_aware {self.query_aware!r}; they must be a "
+                "name and true or false"
+            )
         for name in ("backbone", "training"):
             if not isinstance(getattr(self, name), dict):
                 raise HeadsError(
                     f"heads config: {name} is {getattr(self, name)!r}; it must be a table of names and values"
                 )
+        if self.input == "hidden" and not isinstance(self.backbone.get("hidden_size"), int):
+            raise HeadsError('heads config: input is "hidden", but backbone names no hidden_size')
 
     @classmethod
-    def of(cls, backbone: Backbone, *, hidden_size: int = 256, training: dict[str, Any] | None = None) -> HeadsConfig:
-        """The config of heads that fit `backbone`."""
+    def of(
+        cls, backbone: Backbone, *, hidden_size: int = 256, training: dict[str, Any] | None = None, **choices: Any
+    ) -> HeadsConfig:
+        """The config of heads that fit `backbone`; `choices`: input, label, objective, query_aware."""
         return cls(
+            **choices,
             num_layers=backbone.num_layers,
             num_q_heads=backbone.num_q_heads,
             num_kv_heads=backbone.num_kv_heads,
@@ -111,6 +126,9 @@ class HeadsConfig:
 
     @property
     def input_size(self) -> int:
+        """Numbers a head reads of one token."""
+        if self.input == "hidden":
+            return int(self.backbone["hidden_size"])
         return (self.num_q_heads + 2 * self.num_kv_heads) * self.head_dim
 
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -119,52 +137,89 @@ class HeadsConfig:
         return {f"layers.{i}.{name}.weight": shape for i in range(self.num_layers) for name, shape in one.items()}
 
 
+class HeadInput(NamedTuple):
+    """What a layer gives its head: q [B, Hq, T, D], k and v [B, Hkv, T, D], before RoPE; hidden [B, T, E] or None."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    hidden: Tensor | None = None
+
+    def tokens(self, start: int, stop: int) -> HeadInput:
+        """The inputs of tokens start .. stop - 1."""
+        q, k, v = (x[:, :, start:stop] for x in (self.q, self.k, self.v))
+        return HeadInput(q, k, v, None if self.hidden is None else self.hidden[:, start:stop])
+
+
 class RetainingHead(nn.Module):
     """The head of one layer."""
 
     def __init__(self, config: HeadsConfig) -> None:
         super().__init__()
+        self.input = config.input
         self.fc1 = nn.Linear(config.input_size, config.hidden_size, bias=False)
         self.fc2 = nn.Linear(config.hidden_size, config.num_kv_heads, bias=False)
         self.act = ACT2FN[config.activation]
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [B, Hq, T, D], k, v [B, Hkv, T, D] before RoPE -> fp32 [B, Hkv, T].
+    def forward(self, x: HeadInput, dtype: torch.dtype | None = None) -> Tensor:
+        """Inputs of T tokens -> fp32 [B, Hkv, T]; `dtype`: of fc1's product, default the weights'.
 
         fc1 of a concatenation is a sum of three products, so nothing is concatenated; and as projections are laid out
         [B, T, H, D] in memory, flattening them is a view. fc2 runs in fp32: bf16 scores tie, and ties evict at random.
         """
-        batch, _, length, dim = q.shape
-        wq, wk, wv = self.fc1.weight.split([q.shape[1] * dim, k.shape[1] * dim, v.shape[1] * dim], dim=1)
-        hidden = _rows(q, wq.dtype) @ wq.t()  # [B T, d_R]
-        hidden = torch.addmm(hidden, _rows(k, wk.dtype), wk.t())
-        hidden = torch.addmm(hidden, _rows(v, wv.dtype), wv.t())
+        batch, _, length, dim = x.q.shape
+        weight = self.fc1.weight if dtype is None else self.fc1.weight.to(dtype)
+        if self.input == "hidden":
+            assert x.hidden is not None, "the context of this pass must ask for hidden states: wants_hidden"
+            hidden = x.hidden.reshape(batch * length, -1).to(weight.dtype) @ weight.t()  # [B T, d_R]
+        else:
+            wq, wk, wv = weight.split([part.shape[1] * dim for part in (x.q, x.k, x.v)], dim=1)
+            hidden = _rows(x.q, wq.dtype) @ wq.t()  # [B T, d_R]
+            hidden = torch.addmm(hidden, _rows(x.k, wk.dtype), wk.t())
+            hidden = torch.addmm(hidden, _rows(x.v, wv.dtype), wv.t())
         scores = self.act(hidden).float() @ self.fc2.weight.float().t()  # [B T, Hkv]
         return scores.view(batch, length, -1).transpose(1, 2)
 
 
 class RetainingHeads(nn.Module):
-    """The heads of all layers of one backbone (arXiv:2410.01805)."""
+    """The heads of all layers of one backbone (arXiv:2410.01805).
+
+    Attributes:
+        compute_dtype: of fc1's product; None is the weights' dtype. Training sets bfloat16 over fp32 weights on CUDA.
+    """
 
     def __init__(self, config: HeadsConfig, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.config = config
+        self.compute_dtype: torch.dtype | None = None
         self.layers = nn.ModuleList(RetainingHead(config) for _ in range(config.num_layers))
         for weight in self.parameters():
             nn.init.normal_(weight, std=INIT_STD, generator=generator)
 
-    def score(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def score(self, layer: int, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Causal importance scores of `layer`: q [B, Hq, T, D], k, v [B, Hkv, T, D] before RoPE -> fp32 [B, Hkv, T].
 
-        Inputs are cast to the weights' dtype: move the heads with `.to(device, dtype)` once.
+        hidden: [B, T, E], what the layer's projections read; needed, and read, by heads with that input only. Inputs
+        are cast to the weights' dtype: move the heads with `.to(device, dtype)` once.
         """
-        scores: Tensor = self.layers[layer](q, k, v)
+        scores: Tensor = self.layers[layer](HeadInput(q, k, v, hidden), self.compute_dtype)
         return scores
+
+    @property
+    def wants_hidden(self) -> bool:
+        """Whether they read hidden states."""
+        return self.config.input == "hidden"
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all weights."""
         return sum(p.numel() * p.element_size() for p in self.parameters())
+
+    def to_layers(self, backbone: Backbone) -> RetainingHeads:
+        """Move each head to the device of its layer (a model may be spread over several); returns self."""
+        for i, head in enumerate(self.layers):
+            head.to(backbone.layer_device(i))
+        return self
 
     def check(self, backbone: Backbone) -> None:
         """Raise HeadsError unless these heads were made for `backbone`; the message names every field that differs."""
@@ -179,12 +234,14 @@ class RetainingHeads(nn.Module):
 
     # ------------------------------------------------------------------ our own files
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write `config.json` and `heads.safetensors`, each in one atomic rename: a full disk or a kill leaves the old
-        files whole. The weights go first and carry the config too, so a pair from two saves is noticed."""
+        files whole. The weights go first and carry the config too, so a pair from two saves is noticed.
+
+        dtype: of the file; None: as they are."""
         folder = Path(folder)
         text = json.dumps(dataclasses.asdict(self.config), indent=2, sort_keys=True) + "\n"
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in self.state_dict().items()}
         _check_finite(tensors, "not saved: ")
         try:
             atomic_write(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"config": text}))
@@ -222,6 +279,25 @@ class RetainingHeads(nn.Module):
         return commit.commit_url
 
     # ------------------------------------------------------------------ published files
+
+    def save_published(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write one .safetensors file with the keys of the Locret release, `model.layers.{i}.self_attn.fc1.weight`.
+
+        It says nothing of what the heads are for. Raises: HeadsError: heads that read hidden states, which the release
+        does not know; a file that cannot be written.
+        """
+        if self.wants_hidden:
+            raise HeadsError("these heads read hidden states; the published layout has only heads that read q, k, v")
+        if Path(path).suffix != ".safetensors":
+            raise HeadsError(f"{path}: the published layout is written as one file that ends in .safetensors")
+        tensors = {
+            f"model.{name.replace('.fc', '.self_attn.fc')}": tensor.detach().to("cpu", dtype).contiguous()
+            for name, tensor in self.state_dict().items()
+        }
+        try:
+            atomic_write(path, lambda temporary: save_file(tensors, temporary))
+        except (OSError, SafetensorError) as error:
+            raise HeadsError(f"{path} cannot be written: {_first_line(error)}") from error
 
     @classmethod
     def from_published(

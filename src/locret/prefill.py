@@ -159,6 +159,15 @@ class Reader:
         assert logits is not None
         return logits[:, -1]
 
+    def follow(self, ids: Tensor) -> Tensor:
+        """Read a known text [B, T] behind what was read before; returns the logits after every token, [B, T, V].
+
+        The newest units stay pinned as while prefill goes on. For measures that need more than the last logits.
+        """
+        pieces = ids.split(self.cache.chunk_size, dim=1)
+        parts = [self._forward(p, self.plan.budget, self.plan.num_stabilizers, None, logits=p.shape[1]) for p in pieces]
+        return torch.cat([part for part in parts if part is not None], dim=1)
+
     def _edges(self, total: int, local: int) -> list[int]:
         size = self.cache.chunk_size
         return sorted({*range(0, total - local, size), *range(total - local, total, size), total})

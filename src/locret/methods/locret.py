@@ -20,5 +20,9 @@ class Locret(Method):
 
     heads: RetainingHeads
 
+    @property
+    def wants_hidden(self) -> bool:  # type: ignore[override]  # heads decide, not the class
+        return self.heads.wants_hidden
+
     def score(self, view: ChunkView) -> Tensor:
-        return self.heads.score(view.layer, view.q, view.k, view.v)
+        return self.heads.score(view.layer, view.q, view.k, view.v, view.hidden)

@@ -1,0 +1,1 @@
+"""Results as pages: one HTML file that needs no network, and Markdown."""

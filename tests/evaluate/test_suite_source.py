@@ -1,0 +1,57 @@
+"""The real tasks through a run: names, groups, ceilings, public files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import build_byte_tokenizer, build_tiny_model
+from eval_samples import grid
+
+from locret.backbone import Backbone
+from locret.errors import ConfigError, DataError
+from locret.evaluate.run import run
+from locret.evaluate.suite import SuiteSource
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return Backbone(build_tiny_model("llama", max_position_embeddings=4096), build_byte_tokenizer())
+
+
+def test_generated_tasks_with_their_ceilings_and_depths(backbone: Backbone, tmp_path: Path) -> None:
+    given = grid(tasks=["passkey", "niah_multikey_2", "kv_multi_turn"], lengths=[1600], budgets=["25%"], samples=1)
+    found = run(given, backbone, SuiteSource(), tmp_path)
+    by_name = {(line["task"], line["method"]): line for line in found.lines.values()}
+    assert len(by_name) == 6
+    dense = by_name["niah_multikey_2", "recency"]
+    assert 15 < dense["ceiling"] < 35, "a quarter of the needles fit, roughly"
+    assert "ceiling" not in by_name["niah_multikey_2", "full"]
+    assert "ceiling" not in by_name["passkey", "recency"]
+    assert 0 <= by_name["passkey", "full"]["depth"] <= 1
+    assert len(by_name["kv_multi_turn", "recency"]["turns"]) == 5
+    assert all(line["gold"] for line in by_name.values())
+
+
+def test_groups_of_tasks() -> None:
+    given = grid(tasks=["ruler", "passkey"]).expanded(SuiteSource().groups())
+    assert len(given.tasks) == 14
+    given.check_names(SuiteSource().tasks())
+
+
+def test_public_files_run_as_they_are(backbone: Backbone, tmp_path: Path) -> None:
+    row = {"id": 0, "context": "The pass key is 71432. " * 20, "input": "What is the pass key?", "answer": ["71432"],
+           "options": []}  # fmt: skip
+    (tmp_path / "passkey.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({**row, "id": 1}) + "\n")
+    name = "infinitebench/passkey"
+    given = grid(tasks=[name], public={name: {"path": str(tmp_path)}})
+    found = run(given, backbone, SuiteSource(), tmp_path / "out")
+    assert found.missing == 0
+    assert {(line["length"], line["index"]) for line in found.lines.values()} == {(0, 0), (0, 1)}
+    with pytest.raises(ConfigError, match="did you mean 'infinitebench'"):
+        run(grid(tasks=["infinitebnch"], public={"infinitebnch": {"path": "x"}}), backbone, SuiteSource(), tmp_path)
+    with (tmp_path / "passkey.jsonl").open("a") as file:
+        file.write("{broken\n")
+    with pytest.raises(DataError, match=r"passkey\.jsonl.*3"):
+        run(given, backbone, SuiteSource(), tmp_path / "again")
