@@ -336,6 +336,7 @@ def _layer_budgets(method: Method, plan: CachePlan, windows: list[int | None], n
         return [0] * len(windows)
     newest = max(plan.num_stabilizers, plan.local_window)
     pinned = min(plan.budget, plan.num_sinks + num_protected + newest + plan.decode_interval)
+    method.check_free(plan.budget - pinned)
     shares = method.budgets(plan.budget - pinned, windows.count(None))
     assert sum(shares) == (plan.budget - pinned) * windows.count(None), "layers share one total"
     left = iter(shares)

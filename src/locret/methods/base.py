@@ -116,6 +116,9 @@ class Method:
     def check(self, plan: CachePlan) -> None:
         """Raise a ConfigError when the options do not go with the cache's."""
 
+    def check_free(self, free: int) -> None:
+        """Raise a ConfigError when so many units per layer and KV head, all that are not pinned, are too few."""
+
     @property
     def made_for(self) -> dict[str, Any] | None:
         """`Backbone.fingerprint()` of the model that the method's files were made on; None: they do not say."""
@@ -221,12 +224,13 @@ def method_slots(name: str) -> dict[str, str]:
     def own(slot: str) -> bool:
         return getattr(cls, slot) is not getattr(Method, slot)
 
+    shared = " and ".join(["per layer"] * own("budgets") + ["per KV head"] * cls.ragged)
     reads = "the logits of every token, after the forward pass" if cls.wants_surprisal else (
         "all units after every chunk" if cls.rescoring else "new units, once")  # fmt: skip
     return {
         "score": "none: nothing is evicted" if not cls.evicts else reads,
-        "budget": "per layer, same total" if own("budgets") else "per KV head, same total" if cls.ragged else "uniform",
-        "select": "its own" if own("select") and not cls.ragged else "best scores",
+        "budget": shared + ", same total" if shared else "uniform",
+        "select": "its own" if cls.reduces or (own("select") and not cls.ragged) else "best scores",
         "reduce": "dropped units are merged into others" if cls.reduces else "none: what is dropped is gone",
         "state": ", ".join(cls.state) or "none",
     }

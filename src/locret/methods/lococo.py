@@ -72,11 +72,10 @@ class LoCoCo(Wrapped):
     def describe(self) -> dict[str, Any]:
         return {name: value for name, value in super().describe().items() if name != "path"}
 
-    def budgets(self, free: int, layers: int) -> list[int]:
+    def check_free(self, free: int) -> None:
         if free < self._mergers.slots:
             raise ConfigError(f"lococo: {self._mergers.slots} merged units do not fit the {free} units of the budget "
                               "that are not pinned; raise the budget or train mergers with fewer slots")  # fmt: skip
-        return super().budgets(free, layers)
 
     def reduce(self, scores: Tensor, budget: int, pinned: Tensor, view: ChunkView) -> tuple[Tensor, Merged]:
         units = view.all.units
