@@ -21,8 +21,7 @@ from common import RESULTS, ROOT, fill, provenance
 from locret.backbone import EMBEDDED, Backbone
 from locret.config import CacheConfig
 from locret.heads import RetainingHeads
-from locret.methods import get_method, list_methods
-from locret.methods.base import method_options
+from locret.methods import get_method, list_methods, method_options
 from locret.prefill import Reader
 
 RESULT = RESULTS / "methods-cpu.json"
@@ -55,7 +54,7 @@ def run() -> dict[str, Any]:
     torch.set_num_threads(1)
     backbone = Backbone.load(device="cpu")
     ids = torch.randint(300, 4000, (1, TOKENS), generator=torch.Generator().manual_seed(0))
-    names = [info.name for info in list_methods() if "path" not in method_options(info.name)]  # no files of others
+    names = [info.name for info in list_methods() if "path" not in method_options(info.name)]  # those need files
     measure(backbone, "full", ids[:, :TOKENS])  # warm-up
     runs = [{name: measure(backbone, name, ids) for name in names} for _ in range(ROUNDS)]
     cells = []

@@ -29,6 +29,7 @@ from locret.config import CacheConfig
 from locret.engine import LLM
 from locret.heads import HeadsConfig, RetainingHeads
 from locret.kernels.attention import reference_attention
+from locret.lococo import ConvMerge, Mergers
 from locret.methods import ChunkView, get_method
 from locret.methods.base import Joined
 from locret.methods.snapkv import SnapKV
@@ -74,11 +75,23 @@ _WEIGHTS = tempfile.TemporaryDirectory()
 
 def small_options(name: str, backbone: Backbone) -> dict[str, Any]:
     """Options that fit tiny models and small chunks; methods that score with published weights get a file of them."""
+    if name == "lococo":
+        return dict(path=str(write_mergers(Path(_WEIGHTS.name) / "mergers", backbone)))
     if name not in PEERS:
         return SMALL.get(name, {})
     c = backbone.model.config
     sizes = dict(layers=c.num_hidden_layers, hidden=c.hidden_size, heads=backbone.num_kv_heads)
     return dict(path=str(PEERS[name](Path(_WEIGHTS.name) / name, **sizes)))
+
+
+def write_mergers(path: Path, backbone: Backbone, *, slots: int = 5, mix: float = 0.5, seed: int = 0) -> Path:
+    """A file of random LoCoCo mergers for a model; the tiny models' plans leave 8 units and more unpinned."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = [ConvMerge(backbone.head_dim, slots, kernel_size=5, generator=generator) for _ in backbone.layers]
+    for layer in layers:
+        layer.mix.data.fill_(mix)
+    Mergers(layers, backbone.fingerprint()).save(path)
+    return path
 
 
 def method_of(name: str, backbone: Backbone, **options: Any):

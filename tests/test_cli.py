@@ -118,6 +118,14 @@ def test_flags_reach_load_under_its_own_names(fake: list[FakeLLM], capsys: pytes
     }  # fmt: skip
 
 
+def test_method_options_reach_load_with_their_types(fake: list[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "--method adakv --method-option base=locret --method-option floor=0.5"
+    run_json(capsys, "generate", "--prompt", "x", *flags.split())
+    assert fake[0].options["method_options"] == {"base": "locret", "floor": 0.5}
+    assert main(["generate", "--prompt", "x", "--method", "adakv", "--method-option", "flor=0.5"]) == 2
+    assert "did you mean 'floor'" in capsys.readouterr().err
+
+
 def test_sampling_flags_reach_generate(fake: list[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
     flags = "--temperature 0.7 --top-k 5 --top-p 0.9 --min-p 0.1 --repetition-penalty 1.1 --seed 3 --stop END --stop ."
     run_json(capsys, "generate", "--prompt", "x", *flags.split())

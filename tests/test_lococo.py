@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import build_tiny_model
-from oracles import relative, tokens
+from oracles import relative, tokens, write_mergers
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from locret.backbone import Backbone
-from locret.errors import BackboneError, ConfigError, DataError
-from locret.lococo import ConvMerge, column_sums, compress, follow_loss, train
+from locret.errors import BackboneError, ConfigError, DataError, HeadsError
+from locret.lococo import ConvMerge, Mergers, column_sums, compress, follow_loss, train
 
 
 def units(n=30, d=4, seed=0):
@@ -30,14 +32,26 @@ def rows(x, index):
 
 
 def test_with_lambda_0_it_is_eviction_at_the_same_budget():
-    """The heavy hitters in order, then the next best in order: together the top `budget` by score."""
+    """The top `budget` by score, in position order; merged are the places after the heavy hitters'."""
     k, v, scores = units()
-    got = compress(k, v, scores, 14, merger(mix=0.0))
+    keep, places, got = compress(k, v, scores, 14, merger(mix=0.0))
     ranked = scores.argsort(-1, descending=True)
-    order = torch.cat((ranked[..., :8].sort(-1).values, ranked[..., 8:14].sort(-1).values), -1)
-    assert torch.equal(got.k, rows(k, order))
-    assert torch.equal(got.v, rows(v, order))
+    assert torch.equal(keep, ranked[..., :14].sort(-1).values)
+    assert torch.equal(places, ranked[..., 8:14].sort(-1).values)
+    assert torch.equal(got.k, k)
+    assert torch.equal(got.v, v)
     assert not got.bias.any()
+
+
+def test_fixed_units_are_heavy_hitters_whatever_their_score():
+    k, v, scores = units()
+    fixed = torch.zeros_like(scores, dtype=torch.bool)
+    fixed[..., [3, 17]] = True
+    keep, places, got = compress(k, v, scores, 14, merger(), fixed=fixed)
+    for unit in (3, 17):
+        assert (keep == unit).any(-1).all()
+        assert not (places == unit).any()
+        assert torch.equal(got.k[:, :, unit], k[:, :, unit])
 
 
 @pytest.mark.parametrize("mix", [0.0, 0.25, 1.0])
@@ -64,14 +78,15 @@ def test_weights_are_those_of_plain_loops(mix):
 
 def test_merged_units_lie_between_their_candidates_and_constants_are_exact():
     k, v, scores = units()
-    got = compress(k, v, scores, 14, merger())
+    _, places, got = compress(k, v, scores, 14, merger())
     heavy = scores.argsort(-1, descending=True)
     for merged, x in ((got.k, k), (got.v, v)):
-        candidates = rows(x, heavy[..., 8:])
-        assert (merged[:, :, 8:] <= candidates.amax(2, keepdim=True) + 1e-6).all()
-        assert (merged[:, :, 8:] >= candidates.amin(2, keepdim=True) - 1e-6).all()
+        candidates, found = rows(x, heavy[..., 8:]), rows(merged, places)
+        assert (found <= candidates.amax(2, keepdim=True) + 1e-6).all()
+        assert (found >= candidates.amin(2, keepdim=True) - 1e-6).all()
+        assert torch.equal(rows(merged, heavy[..., :8]), rows(x, heavy[..., :8]))
     same = torch.full_like(k, 0.7)
-    torch.testing.assert_close(compress(same, same, scores, 14, merger()).k, same[:, :, :14])
+    torch.testing.assert_close(compress(same, same, scores, 14, merger())[2].k, same)
 
 
 def test_column_sums_are_those_of_the_attention_matrix():
@@ -100,7 +115,8 @@ def test_a_budget_for_the_whole_prompt_gives_the_models_own_loss():
 
 
 def test_with_lambda_0_the_loss_is_that_of_attention_with_a_mask():
-    """U4 for the trainer: eviction to the heavy hitters equals minus infinity on the others, in one layer."""
+    """U4 for the trainer: eviction to the heavy hitters equals minus infinity on the others, in one layer; what
+    stays is numbered anew."""
     backbone = Backbone(build_tiny_model("llama-plain", num_hidden_layers=1))
     ids, p, budget = tokens(50), 36, 12
     mergers = torch.nn.ModuleList([merger(slots=6, d=8, mix=0.0)])
@@ -110,13 +126,20 @@ def test_with_lambda_0_the_loss_is_that_of_attention_with_a_mask():
         def attend(self, layer, q, k, v, call):
             at = torch.arange(50)
             rope = backbone.rope(50, 50)
-            q, k = rope.rotate(layer, q, at), rope.rotate(layer, k, at)
-            kept = column_sums(q[:, :, :p], k[:, :, :p], call.scale).topk(budget, -1).indices
+            q1, k1 = rope.rotate(layer, q, at), rope.rotate(layer, k, at)
+            kept = column_sums(q1[:, :, :p], k1[:, :, :p], call.scale).topk(budget, -1).indices
             visible = torch.ones(1, 2, 50, 50, dtype=torch.bool).tril()
             gone = torch.ones(1, 2, p, dtype=torch.bool).scatter(-1, kept, False)
-            visible[:, :, p:, :p] &= ~gone[:, :, None]
-            k, v, visible = (x.repeat_interleave(4, 1) for x in (k, v, visible))
-            return (q @ k.mT * call.scale).masked_fill(~visible, float("-inf")).softmax(-1) @ v
+            number = torch.cat(((~gone).cumsum(-1) - 1, (at[p:] - p + budget).expand(1, 2, -1)), -1)
+            q2, k2 = rope.rotate(layer, q, torch.cat((at[:p], at[p:] - p + budget))), rope.rotate(layer, k, number)
+            late = visible.clone()
+            late[:, :, :, :p] &= ~gone[:, :, None]
+            outs = []
+            for queries, keys, seen in ((q1, k1, visible), (q2, k2, late)):
+                keys, seen = keys.repeat_interleave(4, 1), seen.repeat_interleave(4, 1)
+                logits = (queries @ keys.mT * call.scale).masked_fill(~seen, float("-inf"))
+                outs.append(logits.softmax(-1) @ v.repeat_interleave(4, 1))
+            return torch.cat((outs[0][:, :, :p], outs[1][:, :, p:]), 2)
 
     logits = backbone.run(ids, Masked(), logits=50 - p)
     want = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, p + 1 :])
@@ -148,3 +171,50 @@ def test_bad_input_is_refused():
         train(Backbone(build_tiny_model("llama")), [tokens(20)], prompt_len=40, budget=10)
     with pytest.raises(BackboneError, match="softcap or a sliding window"):
         train(Backbone(build_tiny_model("gemma2")), [tokens(50)], prompt_len=40, budget=10)
+
+
+# ---------------------------------------------------------------------- files
+
+
+@pytest.fixture
+def file(tmp_path):
+    return write_mergers(tmp_path / "m.safetensors", Backbone(build_tiny_model("llama")), mix=0.25)
+
+
+def test_a_file_gives_back_what_was_saved(tmp_path, file):
+    first = Mergers.load(file)
+    assert (len(first), first.slots, first[1].mix.item()) == (2, 5, 0.25)
+    assert first.backbone == Backbone(build_tiny_model("llama")).fingerprint()
+    assert not any(p.requires_grad for p in first.parameters())
+    first.save(tmp_path / "again")
+    again = Mergers.load(tmp_path / "again")
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda t: t.pop("0.mix"), r"0.mix is missing; wanted \[\] in a file of 2 layers"),
+    (lambda t: t.update({"1.conv.bias": torch.zeros(4)}), r"1.conv.bias is \[4\]; wanted \[5\]"),
+    (lambda t: t.update({"0.fc1.weight": torch.zeros(4)}), r"unexpected \['0.fc1.weight'\]"),
+    (lambda t: t.update({"3.mix": torch.zeros(())}), r"2.conv.bias is missing"),
+    (lambda t: t["1.mix"].fill_(float("nan")), r"1.mix holds NaN"),
+    (lambda t: t.update({"0.mix": torch.zeros((), dtype=torch.int64)}), r"0.mix holds NaN, infinite or whole numbers"),
+    (lambda t: t.update({"0.conv.weight": torch.zeros(5, 15, 5)}), r"0.conv.weight is \[5, 15, 5\]; wanted \[slots"),
+])  # fmt: skip
+def test_a_file_with_other_tensors_is_refused(file, change, message):
+    with safe_open(file, framework="pt") as opened:
+        tensors, about = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()  # noqa: SIM118
+    change(tensors)
+    save_file(tensors, file, metadata=about)
+    with pytest.raises(HeadsError, match=message):
+        Mergers.load(file)
+
+
+def test_files_that_are_something_else_are_refused(tmp_path, file):
+    with pytest.raises(HeadsError, match="is no file"):
+        Mergers.load(tmp_path / "nowhere")
+    save_file({"0.mix": torch.zeros(())}, tmp_path / "other")
+    with pytest.raises(HeadsError, match="holds no mergers of this version"):
+        Mergers.load(tmp_path / "other")
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(HeadsError, match="truncated"):
+        Mergers.load(file)

@@ -339,3 +339,12 @@ def test_a_model_of_windows_only_is_exact_in_any_budget(name, positions):
     with torch.no_grad():
         want = backbone.model(ids, use_cache=False).logits[0, N - 1 :]
     assert relative(torch.cat(got), want) < (5e-6 if positions == "compact" else 1e-12)
+
+
+@pytest.mark.parametrize("method", ["knorm", "sirllm", "adakv"])
+def test_a_budget_of_too_few_bytes_says_what_is_taken_whatever_it_is(method):
+    backbone = Backbone(build_tiny_model("gemma3"))
+    with pytest.raises(
+        ConfigError, match=r"\d+ bytes are taken whatever it is \(sliding windows, room for a chunk, leng"
+    ):
+        reader_of(backbone, method, 50, budget="100B")

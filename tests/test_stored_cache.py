@@ -17,7 +17,8 @@ from locret.errors import ConfigError
 from locret.storage import CODECS, Affine, get_codec
 
 BITS = ["int8", "int4", "int2"]
-KINDS = ["knorm", "snapkv", "adakv", "pyramidkv", "sirllm", "locret", "full"]  # once, again, ragged, late, growing
+KINDS = ["knorm", "snapkv", "adakv", "pyramidkv", "sirllm", "locret", "full", "razor", "kvmerger"]
+# once, again, ragged, late, growing, merging
 
 
 def test_the_option_names_the_codecs():
@@ -28,9 +29,9 @@ def test_the_option_names_the_codecs():
 
 @pytest.mark.parametrize("storage", BITS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method", ["knorm", "adakv"])
+@pytest.mark.parametrize("method", ["knorm", "adakv", "razor"])
 def test_units_are_quantised_once_however_often_others_are_evicted(monkeypatch, method, storage, dtype):
-    """After ten evictions and 40 steps a unit is, bit for bit, what it was when it came in."""
+    """After ten evictions and 40 steps a unit is, bit for bit, what it was when it came in; merged ones are not."""
     came, append = {0: [], 1: []}, KVCache.append
 
     def spy(self, index, new):
@@ -47,6 +48,9 @@ def test_units_are_quantised_once_however_often_others_are_evicted(monkeypatch, 
             reader.step(ids[:, i])
     for index, layer in enumerate(reader.cache.layers):
         units, at = layer.units(), layer.positions()
+        if method == "razor":
+            assert ((units.state[..., 0] > 0) & (at >= 0)).sum() == 2  # one compensation unit a head
+            at = at.masked_fill(units.state[..., 0] > 0, -1)
         rows = at.clamp(min=0)[..., None].expand_as(units.k)
         for got, pieces in zip((units.k, units.v), zip(*came[index], strict=True), strict=True):
             whole = torch.cat(pieces, 2)

@@ -10,7 +10,7 @@ decided when it is read.
 
 A slab holds K and V as they are, or as a codec stores them (`storage`). Then a unit is encoded once, when it comes in,
 and decoded for one layer's turn; codes are what is gathered and kept, so no unit is ever encoded twice. A chunk's own
-attention sees its units as they are, later chunks see them as stored.
+attention sees its units as they are, later chunks see them as stored. A unit that others are merged into is a new one.
 
 Layers may have budgets of their own. In a `RaggedLayer` the KV heads have too: its units lie head after head in one
 flat slab of the same size, and are padded on the left, in memory that lives for one layer's turn, while they are read.
@@ -261,6 +261,18 @@ class LayerCache:
         place.write(self.held, new)
         self._source = self._joined = place[slice(0, total)]
         return self._joined
+
+    def rewrite(self, k: Tensor, v: Tensor) -> None:
+        """The appended units take these keys and values, [B, Hkv, S, D]; codes of units that do not change stay."""
+        assert self._joined is not None
+        for name, new in (("k", k), ("v", v)):
+            mine: Tensor = getattr(self._joined, name)
+            if isinstance(self._source, Packed):
+                stored: Stored = getattr(self._source, name)
+                other, fresh = (new != mine).any(-1, keepdim=True), self._source.codec.encode(new)
+                for part, tensor in stored.parts.items():
+                    tensor.copy_(torch.where(other, fresh.parts[part], tensor))
+            mine.copy_(new)
 
     def keep(self, keep: Tensor) -> None:
         """Of the appended units only those at `keep` [B, Hkv, b] stay."""

@@ -68,7 +68,8 @@ class CacheConfig:
         Args:
             prompt_len: tokens; None when the input has no known end (then a share cannot be a budget).
             unit_bytes: bytes that one unit in every budgeted layer and KV head takes, metadata included.
-            fixed_bytes: bytes of layers that take no budget (sliding windows).
+            fixed_bytes: bytes that the budget does not change: layers with a sliding window, room for a chunk where
+                a method evicts after the forward pass, lengths of ragged heads.
             num_protected: units that the caller marked as protected.
         Raises: ConfigError: the budget cannot hold what is pinned; the message names the numbers.
         """
@@ -205,8 +206,9 @@ def _units(
         return max(1, math.ceil(number * prompt_len - 1e-9))
     units = int(number - fixed_bytes) // unit_bytes
     if units < 1:
-        raise ConfigError(f"budget {text!r} is less than one unit: sliding-window layers take {fixed_bytes} bytes, a "
-                          f"unit {unit_bytes} bytes over all layers and KV heads; raise it")  # fmt: skip
+        raise ConfigError(f"budget {text!r} is less than one unit: {fixed_bytes} bytes are taken whatever it is "
+                          "(sliding windows, room for a chunk, lengths of heads), a unit takes "
+                          f"{unit_bytes} bytes over all layers and KV heads; raise it")  # fmt: skip
     return units
 
 

@@ -27,7 +27,7 @@ from locret.prefill import Progress, Reader
 if TYPE_CHECKING:
     from locret.engine import LLM
 
-_FORMAT = "locret-context-1"
+_FORMAT = "locret-context-2"
 
 
 class Context:
@@ -171,6 +171,7 @@ class Context:
             "fingerprint": self.llm.backbone.fingerprint(),
             "model": model_digest(self.llm),
             "method": self.llm.method.name,
+            "options": self.llm.method.describe(),
             "plan": dataclasses.asdict(self.plan),
             "seen": self.seen,
             "num_protected": self._reader.num_protected,
@@ -186,7 +187,8 @@ class Context:
     def load(cls, path: str | Path, llm: LLM) -> Context:
         """Read a saved context for the model that made it.
 
-        Raises: ContextError: missing, truncated or foreign file; another model, other heads or another method.
+        Raises: ContextError: missing, truncated or foreign file; another model, other heads, another method or
+            other options of it.
         """
         state, tensors = _read_file(Path(path))
         _check_same(path, state, llm)
@@ -295,8 +297,11 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 
 
 def _check_same(path: str | Path, state: dict[str, Any], llm: LLM) -> None:
-    mine = {"fingerprint": llm.backbone.fingerprint(), "method": llm.method.name, "model": model_digest(llm)}
+    mine = {"fingerprint": llm.backbone.fingerprint(), "method": llm.method.name, "options": llm.method.describe(),
+            "model": model_digest(llm)}  # fmt: skip
+    words = {"model": "another model or other heads", "options": "other options of the method"}
     for name, value in mine.items():
         if state[name] != value:
-            raise ContextError(f"{path} was made with another {'model or other heads' if name == 'model' else name}: "
-                               f"{state[name]}, now {value}; load the one that made it, or compress again")  # fmt: skip
+            other = words.get(name, f"another {name}")
+            raise ContextError(f"{path} was made with {other}: {state[name]}, now {value}; load the one that made it, "
+                               "or compress again")  # fmt: skip

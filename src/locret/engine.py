@@ -23,7 +23,7 @@ from locret.context import Context
 from locret.decode import Decoder, Output, Stream
 from locret.errors import ConfigError
 from locret.heads import RetainingHeads
-from locret.methods import Method, get_method
+from locret.methods import Method, get_method, wants_heads
 from locret.prefill import Progress, Reader
 
 Messages = list[dict[str, Any]]
@@ -38,9 +38,11 @@ def load(
 
     Args:
         model: a folder or a hub id; none: the small model that ships with locret, with its heads.
-        heads: a folder, a hub id, or a loaded `RetainingHeads`; only the method "locret" reads them.
+        heads: a folder, a hub id, or a loaded `RetainingHeads`; only the method "locret" reads them, by
+            itself or as the `base` of another.
         method: see `locret methods`.
-        method_options: options of the method, e.g. {"window": 64} for snapkv.
+        method_options: options of the method, e.g. {"window": 64} for snapkv, {"base": "locret"} for pyramidkv,
+            {"base": "snapkv", "base.window": 64} for options of the base.
         device, dtype: see `Backbone.load`.
         **cache_options: the fields of `CacheConfig`: budget, chunk_size, num_sinks, ...
 
@@ -68,11 +70,12 @@ class LLM:
     ) -> LLM:  # fmt: skip
         """From a backbone that is already there. Heads are checked against it."""
         loaded: RetainingHeads | None = None
-        if method == "locret" and heads is not None:
+        chosen = method_options or {}
+        if heads is not None and wants_heads(method, chosen.get("base")):
             loaded = heads if isinstance(heads, RetainingHeads) else RetainingHeads.from_pretrained(heads)
             loaded.check(backbone)
             loaded = loaded.to(device=backbone.device, dtype=backbone.dtype).eval()
-        return cls(backbone, get_method(method, heads=loaded, **(method_options or {})), config or CacheConfig())
+        return cls(backbone, get_method(method, heads=loaded, **chosen), config or CacheConfig())
 
     def generate(
         self, prompt: Prompt | Sequence[Prompt], *, sampling: Sampling | None = None, protect: Sequence[str] = (),

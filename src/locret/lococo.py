@@ -1,32 +1,44 @@
 """LoCoCo (arXiv:2406.05317): units that are not heavy hitters are merged, by learned weights, into a few slots.
 
 Of a layer's units the `budget - slots` with the highest scores stay as they are. The m others, the candidates X, become
-`slots` merged units, which lie behind them:
+`slots` merged units:
 
     W_keep = one-hot rows of the candidates with the highest scores, in position order
     W_conv = softmax over the candidates of ReLU(Conv1d([K; V]))        2 D channels in, `slots` out, kernel 21
     W      = (1 - lambda) W_keep + lambda W_conv                         lambda learned, per layer, 0.5 at first
     K' = W K,  V' = W V
 
-so lambda = 0 is plain eviction at the same budget. A layer's convolution is shared by its KV heads. Keys are merged as
-given; the published code merges rotated ones, and so does the trainer. Scores there are column sums of the attention
-of the latest chunk, averaged over the query group.
+so lambda = 0 is plain eviction at the same budget. A layer's convolution is shared by its KV heads. The published code
+merges rotated keys and puts merged units behind the heavy hitters. Here keys are merged before RoPE, and a merged unit
+lies where the candidate of its row of W_keep lay: in the trainer as in the cache, which numbers units anew, so that
+mergers are used as they were trained. Scores are column sums of the attention of the latest chunk, averaged over the
+query group.
 
 Shapes: B batch, Hq/Hkv heads, n units, m candidates, D head dim, T tokens.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from locret.backbone import AttentionCall, Backbone, Rope
-from locret.errors import BackboneError, ConfigError, DataError
+from locret.errors import BackboneError, ConfigError, DataError, HeadsError
+from locret.files import atomic_write
 from locret.kernels.attention import prefix_causal_attention
 from locret.reduce import Merged
+
+_FORMAT = "locret-lococo-1"
+_KEY = re.compile(r"(0|[1-9]\d*)\.(conv\.weight|conv\.bias|mix)")
 
 
 class ConvMerge(nn.Module):
@@ -46,10 +58,13 @@ class ConvMerge(nn.Module):
         nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
         self.mix = nn.Parameter(torch.tensor(0.5))  # lambda
 
+    def best(self, scores: Tensor) -> Tensor:
+        """The candidates of W_keep, in position order: indices [B, Hkv, slots]."""
+        return _best(scores, self.slots).sort(-1).values
+
     def weights(self, k: Tensor, v: Tensor, scores: Tensor) -> Tensor:
         """W [B, Hkv, slots, m] for candidates k, v [B, Hkv, m, D], m >= slots, with scores [B, Hkv, m]."""
-        best = scores.topk(self.slots, -1).indices.sort(-1).values
-        keep = functional.one_hot(best, k.shape[2]).to(self.conv.weight.dtype)
+        keep = functional.one_hot(self.best(scores), k.shape[2]).to(self.conv.weight.dtype)
         both = torch.cat((k, v), -1).flatten(0, 1).mT.to(self.conv.weight.dtype)  # [B Hkv, 2 D, m]
         learned = functional.relu(self.conv(both)).softmax(-1).unflatten(0, k.shape[:2])
         return torch.lerp(keep, learned, self.mix)
@@ -61,29 +76,101 @@ class ConvMerge(nn.Module):
         return key, value
 
 
-def compress(k: Tensor, v: Tensor, scores: Tensor, budget: int, merge: ConvMerge) -> Merged:
-    """`budget` units for n: the heavy hitters in position order, then the merged ones, all without a bias.
+class Mergers(nn.ModuleList):
+    """The mergers of all layers and the fingerprint of the model that they were trained on.
 
-    Args:   k, v: [B, Hkv, n, D], n >= budget;  scores: [B, Hkv, n].
+    A file is safetensors: `{layer}.conv.weight` [slots, 2 D, kernel], `{layer}.conv.bias` [slots], `{layer}.mix` [],
+    and as metadata the format and the fingerprint.
+    """
+
+    def __init__(self, mergers: Iterable[ConvMerge], backbone: dict[str, Any]) -> None:
+        super().__init__(mergers)
+        self.backbone = backbone
+
+    @property
+    def slots(self) -> int:
+        """Merged units of a layer and KV head."""
+        return int(self[0].slots)  # type: ignore[arg-type]
+
+    def save(self, path: str | Path) -> None:
+        """Write one file, in one atomic rename."""
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        about = {"locret": json.dumps({"format": _FORMAT, "backbone": self.backbone})}
+        atomic_write(path, lambda file: save_file(tensors, file, metadata=about))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Mergers:
+        """Read what `save` wrote, on the CPU, without gradients.
+
+        Raises: HeadsError: no such file, truncated or another format; a tensor that is missing, extra, of another shape
+            or not finite.
+        """
+        about, tensors = _read(Path(path))
+        shape = tensors.get("0.conv.weight", torch.empty(0)).shape
+        if len(shape) != 3 or shape[0] < 1 or shape[1] % 2 or shape[2] % 2 == 0:
+            raise HeadsError(f"{path}: 0.conv.weight is {list(shape)}; wanted [slots, 2 D, odd kernel]")
+        count = 1 + max(int(name.split(".")[0]) for name in tensors)
+        made = cls((ConvMerge(shape[1] // 2, shape[0], kernel_size=shape[2]) for _ in range(count)), about["backbone"])
+        wanted = {name: value.shape for name, value in made.state_dict().items()}
+        for name in sorted(wanted.keys() | tensors.keys()):
+            if name not in tensors or name not in wanted or tensors[name].shape != wanted[name]:
+                found, right = (list(x[name].shape) if name in x else "missing" for x in (tensors, made.state_dict()))
+                raise HeadsError(f"{path}: {name} is {found}; wanted {right} in a file of {count} layers")
+            if not tensors[name].is_floating_point() or not tensors[name].isfinite().all():
+                raise HeadsError(f"{path}: {name} holds NaN, infinite or whole numbers; train the mergers again")
+        made.load_state_dict(tensors)
+        return made.requires_grad_(False)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not path.is_file():
+        raise HeadsError(f"{path} is no file; wanted mergers that `locret.lococo.train` made and `save` wrote")
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get("locret", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise HeadsError(f"{path} is truncated or no safetensors file: {error}; copy it again") from error
+    if not isinstance(about, dict) or about.get("format") != _FORMAT or not isinstance(about.get("backbone"), dict):
+        raise HeadsError(f"{path} is a safetensors file but holds no mergers of this version ({_FORMAT})")
+    strange = [name for name in tensors if not _KEY.fullmatch(name)]
+    if strange or not tensors:
+        raise HeadsError(
+            f"{path}: unexpected {strange[:3]}; wanted N.conv.weight, N.conv.bias and N.mix of every layer N"
+        )
+    return about, tensors
+
+
+def compress(
+    k: Tensor, v: Tensor, scores: Tensor, budget: int, merge: ConvMerge, *, fixed: Tensor | None = None
+) -> tuple[Tensor, Tensor, Merged]:
+    """`budget` units for n: the heavy hitters as they are, and merged ones in the places of the best of the others.
+
+    Args:   k, v: [B, Hkv, n, D], n >= budget;  scores: [B, Hkv, n];  fixed: bool [B, Hkv, n], heavy hitters by force.
+    Returns: the units that stay, ascending [B, Hkv, budget]; which of the n are merged, [B, Hkv, slots]; and what all n
+        become, without a bias.
     Raises: ConfigError: a budget that the merger's slots do not fit, or above n.
     """
     n, heavy = k.shape[2], budget - merge.slots
     if heavy < 0 or budget > n:
         raise ConfigError(f"budget {budget}: wanted at least the {merge.slots} merged slots and at most the {n} units")
-    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(heavy, -1).indices, True)
-    order = (
-        (~chosen).to(torch.uint8).argsort(dim=-1, stable=True)
-    )  # heavy ones, then candidates, each in position order
-    kept, rest = order[..., :heavy], order[..., heavy:]
-    key, value = merge(_rows(k, rest), _rows(v, rest), scores.gather(-1, rest))
-    bias = torch.zeros(*k.shape[:2], budget, dtype=torch.float32, device=k.device)
-    return Merged(torch.cat((_rows(k, kept), key), 2), torch.cat((_rows(v, kept), value), 2), bias)
+    ranked = scores if fixed is None else scores.masked_fill(fixed, float("inf"))
+    kept = _best(ranked, heavy)
+    chosen = torch.zeros_like(scores, dtype=torch.uint8).scatter(-1, kept, 1)
+    rest = chosen.argsort(dim=-1, stable=True)[..., : n - heavy]  # candidates in position order
+    candidates = scores.gather(-1, rest)
+    key, value = merge(_rows(k, rest), _rows(v, rest), candidates)
+    places = rest.gather(-1, merge.best(candidates))
+    at = places[..., None].expand_as(key)
+    bias = torch.zeros(scores.shape, dtype=torch.float32, device=k.device)
+    merged = Merged(k.scatter(2, at, key), v.scatter(2, at, value), bias)
+    return torch.cat((kept, places), -1).sort(-1).values, places, merged
 
 
 def train(
     backbone: Backbone, samples: Iterable[Tensor], *, prompt_len: int, budget: int, keep_share: float = 0.5,
     kernel_size: int = 21, learning_rate: float = 1e-3, seed: int = 0,
-) -> tuple[nn.ModuleList, list[float]]:  # fmt: skip
+) -> tuple[Mergers, list[float]]:  # fmt: skip
     """Train one merger a layer for the language-model loss of what follows a compressed prompt. The model is frozen.
 
     Args:
@@ -96,10 +183,9 @@ def train(
     """
     slots = budget - int(budget * keep_share)
     generator = torch.Generator().manual_seed(seed)
-    mergers = nn.ModuleList(
-        ConvMerge(backbone.head_dim, slots, kernel_size=kernel_size, generator=generator)
-        for _ in range(backbone.num_layers)
-    ).to(backbone.device)
+    layers = [ConvMerge(backbone.head_dim, slots, kernel_size=kernel_size, generator=generator)
+              for _ in range(backbone.num_layers)]  # fmt: skip
+    mergers = Mergers(layers, backbone.fingerprint()).to(backbone.device)
     optimizer = torch.optim.Adam(mergers.parameters(), lr=learning_rate)
     losses = []
     for ids in samples:
@@ -133,16 +219,19 @@ class _CompressedPrompt:
             raise BackboneError(
                 f"layer {layer} has a softcap or a sliding window; the LoCoCo trainer runs plain layers"
             )
-        at, p = torch.arange(q.shape[2], device=q.device), self.prompt_len
-        q, k = self.rope.rotate(layer, q, at), self.rope.rotate(layer, k, at)
-        prompt = (x[:, :, :p].contiguous() for x in (q, k, v))
-        prompt_out = prefix_causal_attention(*prompt, scale=call.scale)
+        p, size = self.prompt_len, min(self.budget, self.prompt_len)
+        at = torch.arange(q.shape[2], device=q.device)
+        q_prompt, k_prompt = (self.rope.rotate(layer, x[:, :, :p], at[:p]).contiguous() for x in (q, k))
         keys, values = k[:, :, :p], v[:, :, :p]
-        if p > self.budget:
-            scores = column_sums(q[:, :, :p], keys, call.scale)
-            held = compress(keys, values, scores, self.budget, self.mergers[layer])  # type: ignore[arg-type]
-            keys, values = held.k, held.v
-        return torch.cat((prompt_out, _follow(q[:, :, p:], keys, values, k[:, :, p:], v[:, :, p:], call.scale)), 2)
+        prompt_out = prefix_causal_attention(q_prompt, k_prompt, values.contiguous(), scale=call.scale)
+        if p > size:
+            scores = column_sums(q_prompt, k_prompt, call.scale)
+            keep, _, held = compress(keys, values, scores, size, self.mergers[layer])  # type: ignore[arg-type]
+            keys, values = _rows(held.k, keep), _rows(held.v, keep)
+        after = at[p:] - p + size  # numbered anew, as the cache does
+        q, own = (self.rope.rotate(layer, x[:, :, p:], after) for x in (q, k))
+        keys = self.rope.rotate(layer, keys, at[:size])
+        return torch.cat((prompt_out, _follow(q, keys, values, own, v[:, :, p:], call.scale)), 2)
 
 
 def column_sums(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -163,6 +252,11 @@ def _follow(q: Tensor, keys: Tensor, values: Tensor, own_k: Tensor, own_v: Tenso
     k, v = (torch.cat(pair, 2).repeat_interleave(groups, 1) for pair in ((keys, own_k), (values, own_v)))
     mask = torch.ones(t, seen + t, dtype=torch.bool, device=q.device).tril(seen)
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+def _best(scores: Tensor, count: int) -> Tensor:
+    """Indices of the highest scores; of equal ones the first: merged units may share a score."""
+    return scores.argsort(dim=-1, descending=True, stable=True)[..., :count]
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ class AttentionProbe:
     """A second look at the attention that a layer has just computed: same queries, keys, scale, softcap and bias.
 
     Attributes:
-        scratch_bytes: what the largest block so far took, logits and weights; 0: nothing was asked for.
+        scratch_bytes: what the largest block so far took, logits and weights; 0: nothing was asked for. A method that
+            makes large temporaries of its own counts them here too (`count_scratch`).
     """
 
     q: Tensor  # rotated, [B, Hq, C, D]
@@ -34,6 +35,10 @@ class AttentionProbe:
     softcap: float | None = None
     bias: Tensor | None = None  # added to the logits, [B, Hkv, S]; -inf hides a unit
     scratch_bytes: int = 0
+
+    def count_scratch(self, size: int) -> None:
+        """Note temporaries of so many bytes, alive at once; the largest note counts."""
+        self.scratch_bytes = max(self.scratch_bytes, size)
 
     def column_sums(self, last: int | None = None, *, decay: float = 1.0, null: bool = False) -> Tensor:
         """Attention that each unit got from the last `last` queries (None: all), summed, fp32 [B, Hq, S].
@@ -102,7 +107,7 @@ class AttentionProbe:
             stop = min(start + self._rows, c)
             rows = self.q[:, :, start:stop].to(wide).unflatten(1, (hkv, -1))  # [B, Hkv, G, rows, D]
             logits = (rows @ keys).mul_(self.scale)
-            self.scratch_bytes = max(self.scratch_bytes, 2 * logits.nbytes)
+            self.count_scratch(2 * logits.nbytes)
             if self.softcap is not None:
                 logits = self.softcap * torch.tanh(logits / self.softcap)
             if self.bias is not None:

@@ -30,7 +30,7 @@ from locret.cache import KVCache, LayerCache, Units, unit_bytes
 from locret.config import CacheConfig, CachePlan
 from locret.errors import ConfigError, NumericsError
 from locret.kernels.attention import prefix_causal_attention
-from locret.methods.base import ChunkView, Joined, Method
+from locret.methods.base import BIAS, ChunkView, Joined, Method
 from locret.observe import AttentionProbe, surprisal
 from locret.select import check_pins, finite, pin
 
@@ -75,6 +75,9 @@ class Reader:
         if not method.evicts:
             plan = dataclasses.replace(plan, budget=None, num_sinks=0, num_stabilizers=0, local_window=0)
         method.check(plan)
+        if method.made_for not in (None, backbone.fingerprint()):
+            raise ConfigError(f"the files of method {method.name!r} were made for another model: {method.made_for}, "
+                              f"this one is {backbone.fingerprint()}; make them on this model")  # fmt: skip
         total = None if prompt_len is None or new_tokens is None else prompt_len + new_tokens
         return cls._allocate(backbone, method, plan, batch, prompt_len, total, num_protected)
 
@@ -210,7 +213,7 @@ class _ChunkPass:
         )
         padding = held.padding
         q_rotated, keys = self._rotate(layer, held, q, units, before, padding)
-        bias = None if padding is None else _hide(padding, len(units), q.dtype)
+        bias = self._bias(units, padding) if window is None else None
         out = prefix_causal_attention(
             q_rotated, keys, units.v, scale=call.scale, softcap=call.softcap, window=window, bias=bias
         )
@@ -220,15 +223,24 @@ class _ChunkPass:
         elif method.wants_surprisal:
             held.settle()  # scored and evicted when the logits are there
         else:
-            if method.rescoring:
-                probe = AttentionProbe(q_rotated, keys, call.scale, call.softcap, bias)
+            probe = AttentionProbe(q_rotated, keys, call.scale, call.softcap, bias)
+            if method.rescoring or method.reduces:
                 ahead = functools.partial(self._ahead, layer, len(units))
                 view = dataclasses.replace(view, joined=Joined(units, keys, probe, ahead))
+            if method.rescoring:
                 units.score.copy_(method.score(view))
-                scratch += probe.scratch_bytes
-            self._evict(held, units, view)
+            scratch += self._evict(held, units, view) + probe.scratch_bytes
         self.cache.note_scratch(scratch)
         return out
+
+    def _bias(self, units: Units, padding: Tensor | None) -> Tensor | None:
+        """What is added to every unit's logits, [B, Hkv, S]: the method's, and -inf on what pads a ragged head."""
+        state = self.reader.method.state
+        own = units.state[..., state.index(BIAS)] if BIAS in state else None
+        if padding is None:
+            return own
+        pad = torch.arange(len(units), device=padding.device) < padding[..., None]
+        return (units.score.new_zeros(pad.shape) if own is None else own).masked_fill(pad, float("-inf"))
 
     def score_tokens(self, nats: Tensor) -> None:
         """After the forward pass: score every layer's units by the surprisal of their tokens, and evict."""
@@ -287,18 +299,19 @@ class _ChunkPass:
         else:
             held.settle()
 
-    def _evict(self, held: LayerCache, units: Units, view: ChunkView) -> None:
+    def _evict(self, held: LayerCache, units: Units, view: ChunkView) -> int:
+        """Cut a layer back to its budget; returns the bytes of the units that were made of others meanwhile."""
         method = self.reader.method
         if method.evicts:
             self.finite = finite(units.score) & self.finite
         if self.plan.budget is None or self.target is None:
             held.settle()
-            return
+            return 0
         budget, padding = self.reader.budgets[view.layer], held.padding
         total = len(units) if padding is None else held.held + len(units) - held.width
         if total <= budget:
             held.settle()
-            return
+            return 0
         target = budget - (self.plan.budget - self.target)
         check_pins(self.plan.num_sinks + self.reader.num_protected + self.newest, target)
         pinned = pin(units.protected, num_sinks=self.plan.num_sinks, num_newest=self.newest, positions=units.position)
@@ -306,13 +319,15 @@ class _ChunkPass:
         if padding is not None:
             pad = torch.arange(len(units), device=padding.device) < padding[..., None]
             pinned, scores = pinned & ~pad, scores.masked_fill(pad, float("-inf"))
-        held.keep(method.select(scores, target, pinned, view))
-
-
-def _hide(padding: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """Bias that hides what a ragged head is padded with, [B, Hkv, S]."""
-    pad = torch.arange(count, device=padding.device) < padding[..., None]
-    return torch.zeros(pad.shape, dtype=dtype, device=pad.device).masked_fill(pad, float("-inf"))
+        if not method.reduces:
+            held.keep(method.select(scores, target, pinned, view))
+            return 0
+        keep, merged = method.reduce(scores, target, pinned, view)
+        held.rewrite(merged.k, merged.v)
+        if BIAS in method.state:
+            units.state[..., method.state.index(BIAS)] = merged.bias
+        held.keep(keep)
+        return merged.k.nbytes + merged.v.nbytes
 
 
 def _layer_budgets(method: Method, plan: CachePlan, windows: list[int | None], num_protected: int) -> list[int]:
@@ -321,6 +336,7 @@ def _layer_budgets(method: Method, plan: CachePlan, windows: list[int | None], n
         return [0] * len(windows)
     newest = max(plan.num_stabilizers, plan.local_window)
     pinned = min(plan.budget, plan.num_sinks + num_protected + newest + plan.decode_interval)
+    method.check_free(plan.budget - pinned)
     shares = method.budgets(plan.budget - pinned, windows.count(None))
     assert sum(shares) == (plan.budget - pinned) * windows.count(None), "layers share one total"
     left = iter(shares)

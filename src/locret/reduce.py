@@ -67,7 +67,7 @@ class Runs(Merged):
 
 def merge_runs(
     k: Tensor, v: Tensor, scores: Tensor, *, num_heavy: int, num_recent: int, threshold: float = 0.75,
-    sigma: float = 5.0, count: bool = False,
+    sigma: float = 5.0, count: bool = False, fixed: Tensor | None = None, most: int | None = None,
 ) -> Runs:  # fmt: skip
     """KVMerger (arXiv:2407.08454): runs of neighbours with similar keys become one unit each.
 
@@ -83,6 +83,8 @@ def merge_runs(
         num_recent: newest units that are left as they are.
         sigma: the paper derives it from g itself; a fixed 5 is reported near the best.
         count: give a unit that stands for N the bias log N. Then runs of equal keys are exact; the paper has no bias.
+        fixed: units that are left as they are besides, bool [B, Hkv, n].
+        most: how many units of a head may disappear; the most similar neighbours first. The paper has no end.
     Raises: ConfigError: heavy and recent units are more than n, or sigma is not above 0.
     """
     n = k.shape[2]
@@ -92,7 +94,7 @@ def merge_runs(
         raise ConfigError(f"sigma is {sigma!r}; it must be above 0")
     wide = _wide(k)
     at = torch.arange(n, device=k.device)
-    run = _run_of(k.to(wide), _free(scores, num_heavy, num_recent), threshold)  # [B, Hkv, n]
+    run = _run_of(k.to(wide), _free(scores, num_heavy, num_recent, fixed), threshold, most)  # [B, Hkv, n]
     best = scores.new_full(run.shape, float("-inf")).scatter_reduce(-1, run, scores, "amax").gather(-1, run)
     first_best = torch.where(scores == best, at, n)
     pivot = first_best.new_full(run.shape, n).scatter_reduce(-1, run, first_best, "amin").gather(-1, run)
@@ -105,18 +107,21 @@ def merge_runs(
     return Runs(merged_k, merged_v, size.log() if count else torch.zeros_like(size), pivot == at)
 
 
-def _free(scores: Tensor, num_heavy: int, num_recent: int) -> Tensor:
+def _free(scores: Tensor, num_heavy: int, num_recent: int, fixed: Tensor | None) -> Tensor:
     """Which units may be merged: bool, the shape of scores."""
-    free = torch.ones_like(scores, dtype=torch.bool)
+    free = torch.ones_like(scores, dtype=torch.bool) if fixed is None else ~fixed
     free[..., scores.shape[-1] - num_recent :] = False
     heavy = scores.masked_fill(~free, float("-inf")).topk(num_heavy, -1).indices
     return free.scatter(-1, heavy, False)
 
 
-def _run_of(k: Tensor, free: Tensor, threshold: float) -> Tensor:
+def _run_of(k: Tensor, free: Tensor, threshold: float, most: int | None) -> Tensor:
     """The number of the run that each unit belongs to, int64 [B, Hkv, n]; ascending from 0."""
-    similar = torch.cosine_similarity(k[:, :, 1:], k[:, :, :-1], dim=-1) > threshold
-    joined = similar & free[..., 1:] & free[..., :-1]  # to the unit before it
+    similar = torch.cosine_similarity(k[:, :, 1:], k[:, :, :-1], dim=-1)
+    joined = (similar > threshold) & free[..., 1:] & free[..., :-1]  # to the unit before it
+    if most is not None and most < joined.shape[-1]:
+        first = similar.masked_fill(~joined, float("-inf")).topk(most, -1).indices
+        joined &= torch.zeros_like(joined).scatter(-1, first, True)
     return torch.cat((torch.zeros_like(free[..., :1], dtype=torch.int64), (~joined).cumsum(-1)), -1)
 
 

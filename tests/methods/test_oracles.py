@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from conftest import build_tiny_model
-from oracles import joined_of, kept, reader_of, relative, tokens, units_of
+from oracles import Meter, joined_of, kept, reader_of, relative, tokens, units_of
 from references import (
     Chain,
     Reference,
@@ -33,6 +33,7 @@ from locret.backbone import Backbone
 from locret.errors import ConfigError
 from locret.methods import ChunkView, get_method
 from locret.methods.cascading import cascade
+from locret.methods.expected_attention import ExpectedAttention
 from locret.methods.prefixkv import equal_mass, measure
 from locret.methods.snapkv import SnapKV
 from locret.select import draws, select_across_heads
@@ -403,3 +404,27 @@ def test_options_that_do_not_go_with_the_cache_say_what_would(exact, name, optio
 def test_bad_options_name_what_is_allowed(name, options, message):
     with pytest.raises(ConfigError, match=message):
         get_method(name, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_future", [16, 512])
+def test_expected_attention_counts_its_temporaries(monkeypatch, dtype, num_future):
+    """What `peak_kv_bytes` gets told is what torch allocates while it scores, within a factor of two."""
+    backbone, seen = Backbone(build_tiny_model("llama-plain", dtype=dtype, head_dim=64)), []
+    score = ExpectedAttention.score
+
+    def metered(self, view):
+        with Meter() as meter:
+            out = score(self, view)
+        seen.append((meter.peak, view.all.attention.scratch_bytes))
+        return out
+
+    monkeypatch.setattr(ExpectedAttention, "score", metered)
+    method = ExpectedAttention(num_future=num_future)
+    with torch.inference_mode():
+        reader = reader_of(backbone, method, 500, budget=400, chunk_size=128)
+        reader.read(tokens(500))
+    assert len(seen) > 6
+    for real, told in seen[6:]:
+        assert real / 2 < told < 2 * real
+    assert reader.cache.peak_bytes > reader.cache.nbytes + reader.cache.workspace_bytes + max(t for _, t in seen)

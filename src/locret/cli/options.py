@@ -44,6 +44,14 @@ class ModelOptions:
             "--method", help="Eviction method; `locret methods` lists them (default: locret).", rich_help_panel=_CACHE
         ),
     ] = None
+    method_option: Annotated[
+        list[str] | None,
+        Option(
+            "--method-option",
+            help="Option of the method as key=value; may be repeated. `locret methods show NAME` lists them.",
+            rich_help_panel=_CACHE,
+        ),
+    ] = None
     budget: Annotated[
         str | None,
         Option(
@@ -94,7 +102,7 @@ class ModelOptions:
     ] = None
 
     def load_options(self) -> dict[str, Any]:
-        """Keyword arguments of `locret.load` besides the model."""
+        """Keyword arguments of `locret.load` besides the model and the method's options, which are still texts."""
         given = {
             "heads": self.heads,
             "method": self.method,

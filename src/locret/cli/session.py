@@ -23,7 +23,12 @@ def open_llm(options: ModelOptions, **overrides: Any) -> LLM:
     import locret  # torch and transformers take seconds: not for --help, nor for a wrong flag
 
     quiet_transformers()
-    return locret.load(options.model, **{**options.load_options(), **overrides})
+    chosen = {**options.load_options(), **overrides}
+    if options.method_option:
+        from locret.methods import parse_options
+
+        chosen["method_options"] = parse_options(chosen.get("method", "locret"), options.method_option)
+    return locret.load(options.model, **chosen)
 
 
 @dataclass(frozen=True)

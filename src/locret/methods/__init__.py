@@ -11,13 +11,16 @@ from locret.methods import (
     h2o,
     keydiff,
     knorm,
+    kvmerger,
     kvzap,
     lagkv,
+    lococo,
     locret,
     nacl,
     prefixkv,
     pyramidkv,
     random,
+    razor,
     recency,
     sirllm,
     snapkv,
@@ -34,11 +37,13 @@ from locret.methods.base import (
     method_options,
     method_slots,
     register,
+    wants_heads,
 )  # fmt: skip
+from locret.methods.options import parse_options
 
 __all__ = [
     "ChunkView", "Method", "MethodInfo", "adakv", "cascading", "corm", "csp", "expected_attention", "fastkvzip",
-    "find_method", "full", "get_method", "h2o", "keydiff", "knorm", "kvzap", "lagkv", "list_methods", "locret",
-    "method_options", "method_slots", "nacl", "prefixkv", "pyramidkv", "random", "recency", "register", "sirllm",
-    "snapkv", "streamingllm", "tova",
+    "find_method", "full", "get_method", "h2o", "keydiff", "knorm", "kvmerger", "kvzap", "lagkv", "list_methods",
+    "lococo", "locret", "method_options", "method_slots", "nacl", "parse_options", "prefixkv", "pyramidkv",
+    "random", "razor", "recency", "register", "sirllm", "snapkv", "streamingllm", "tova", "wants_heads",
 ]  # fmt: skip

@@ -38,6 +38,11 @@ class ExpectedAttention(Method):
         groups = mean.shape[1] // keys.shape[1]
         sinks = units.position < self.num_sinks
         total = torch.zeros_like(keys[..., 0])
+        d, copies = keys.shape[-1], 3 if keys.dtype != view.q.dtype else 2
+        turned = (
+            3 * d * d * self.num_future * keys.element_size()
+        )  # `ahead` of all axes, and what it takes to get there
+        view.all.attention.count_scratch(max(turned, copies * keys.nbytes + 2 * covariance.nbytes))
         for g in range(groups):  # one query head of each group at a time: [B, Hkv, S, D] is the largest temporary
             mu, cov = mean[:, g::groups], covariance[:, g::groups]
             logits = (keys @ mu[..., None])[..., 0] * view.scale

@@ -64,6 +64,9 @@ class FromFile(Method):
             raise ConfigError(f"method {self.name!r} scores with published weights; give path: {self.layout}")
         object.__setattr__(self, "heads", self.load(Path(self.path)))  # frozen, and no option
 
+    def describe(self) -> dict[str, Any]:
+        return {}  # the weights count, not where they lie
+
     @classmethod
     def load(cls, path: Path) -> Scorer:
         """Raises: HeadsError naming the file and what is wrong with it."""
