@@ -202,7 +202,7 @@ def build(kernel, types, fixed, warps):
     print(made.metadata.shared, made.asm["ptx"].count("bar.sync"))
 types = dict(scores_ptr="*fp32", pinned_ptr="*u8", out_ptr="*i64", s="i32", budget="i32")
 for block, warps in ((32768, 32), (128, 4)):
-    build(_kept, types, dict(BLOCK=block, ONE=block > 128), warps)
+    build(_kept, types, dict(BLOCK=block, ONE=block > 128, WALK=min(block, 8192)), warps)
 pointers = ("*bf16", "*bf16", "*fp32", "*i64", "*u8")
 types = dict(olds=pointers, news=pointers, outs=pointers, strides=(("i32",) * 9,) * 5, keep_ptr="*i64")
 types |= dict(heads="i32", b="i32", held="i32")

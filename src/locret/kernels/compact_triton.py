@@ -22,6 +22,7 @@ from torch import Tensor
 from locret.kernels.compact import Column, in_place
 
 HELD = 32_768  # keys of one row in registers: 32 a thread
+WALK = 8192  # keys at once while kept units are written
 SLICE_BYTES = 64  # of a unit's K or V per program in place: two sectors
 TILE_BYTES = 32_768  # that a program has loaded at once
 
@@ -42,7 +43,7 @@ def _keys(scores_ptr, pinned_ptr, unit, s):
 @triton.jit
 def _kept(
     scores_ptr, pinned_ptr, out_ptr, s, budget,
-    BLOCK: tl.constexpr, ONE: tl.constexpr,
+    BLOCK: tl.constexpr, ONE: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     scores_ptr += row * s
@@ -72,11 +73,12 @@ def _kept(
             counts += (_keys(scores_ptr, pinned_ptr, start + lane, s) > threshold).to(tl.int32)
         above = tl.sum(counts)
 
+    # the keys again, from the cache, in shorter blocks: the two sums need registers as well
     ties_before = above * 0
     kept_before = above * 0
-    for start in range(0, s, BLOCK):
-        unit = start + lane
-        key = held if ONE else _keys(scores_ptr, pinned_ptr, unit, s)
+    for start in range(0, s, WALK):
+        unit = start + tl.arange(0, WALK)
+        key = _keys(scores_ptr, pinned_ptr, unit, s)
         tie = ((key == threshold) & (unit < s)).to(tl.int32)
         oldest = ties_before + tl.cumsum(tie, 0) <= budget - above
         stays = ((key > threshold) | ((tie != 0) & oldest)).to(tl.int32)
@@ -93,7 +95,9 @@ def kept_triton(scores: Tensor, pinned: Tensor, budget: int, out: Tensor | None 
     if out is None:
         out = torch.empty(*scores.shape[:-1], budget, dtype=torch.int64, device=scores.device)
     block, warps = kept_blocks(s)
-    _kept[(scores.numel() // s,)](scores, pinned, out, s, budget, BLOCK=block, ONE=s <= block, num_warps=warps)
+    _kept[(scores.numel() // s,)](
+        scores, pinned, out, s, budget, BLOCK=block, ONE=s <= block, WALK=min(block, WALK), num_warps=warps
+    )
     return out
 
 

@@ -166,18 +166,18 @@ def _masked(
 ) -> Tensor:
     """Plain matmuls in the inputs' dtype. What stands in hidden slots, NaN too, does not matter."""
     first, stop, _ = span.bounds(k)
-    groups, t = q.shape[1] // k.shape[1], q.shape[2]
+    t, heads = q.shape[2], k.shape[1]
     slot = torch.arange(k.shape[2], device=q.device)
     used = (slot >= first[..., None]) & (slot < stop[..., None])  # [B, Hkv, S]
-    k, v = (x.masked_fill(~used[..., None], 0) for x in (k, v))
-    grouped = q.unflatten(1, (-1, groups))  # [B, Hkv, G, T, D]
-    logits = grouped @ k[:, :, None].mT * scale
+    rows = q.unflatten(1, (heads, -1)).flatten(2, 3)  # [B, Hkv, G * T, D]
+    logits = rows @ k.mT * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if bias is not None:
-        logits = logits + bias.masked_fill(~used, 0).to(logits.dtype)[:, :, None, None]
+        logits = logits + bias.to(logits.dtype)[:, :, None]
     ends = stop[..., None] - torch.arange(t - 1, -1, -1, device=q.device)  # [B, Hkv, T]
-    seen = used[:, :, None] & (slot < ends[..., None])
-    logits = logits.masked_fill(~seen[:, :, None], float("-inf"))
+    seen = (used[:, :, None] & (slot < ends[..., None])).repeat(1, 1, rows.shape[2] // t, 1)
+    logits = logits.masked_fill(~seen, float("-inf"))
     weights = logits.softmax(-1).masked_fill(logits.isneginf().all(-1, keepdim=True), 0)
-    return (weights @ v[:, :, None]).flatten(1, 2)
+    out = weights @ v.masked_fill(~used[..., None], 0)  # 0 * NaN is NaN
+    return out.unflatten(2, (-1, t)).flatten(1, 2)
