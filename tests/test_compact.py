@@ -207,7 +207,7 @@ pointers = ("*bf16", "*bf16", "*fp32", "*i64", "*u8")
 types = dict(olds=pointers, news=pointers, outs=pointers, strides=(("i32",) * 9,) * 5, keep_ptr="*i64")
 types |= dict(heads="i32", b="i32", held="i32")
 for place in (True, False):
-    build(_move, types, dict(WIDTHS=(128, 128, 1, 1, 1), SLICES=(32, 32, 1, 1, 1), BLOCKS=(512, 512, 2048, 2048, 2048),
+    build(_move, types, dict(WIDTHS=(128, 128, 1, 1, 1), SLICES=(32, 32, 1, 1, 1), BLOCKS=(512, 512, 1024, 1024, 1024),
           FIRST=(0, 4, 8, 9, 10, 11), IN_PLACE=place, NEW=True), 8)
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
 import os
@@ -18,6 +19,7 @@ from locret.kernels.decode_attention import (
     Angles,
     Codes,
     Span,
+    angles_of,
     decode_attention,
     reference_decode_attention,
     torch_decode_attention,
@@ -65,6 +67,8 @@ CASES = [
     Case(slots=70, dim=32, rotated=16, bits=8, interleaved=True, right=True),
     Case(slots=70, dim=32, rotated=32, bits=4, interleaved=True),
     Case(slots=70, dim=32, bits=4, heads=(4, 4)),
+    Case(slots=90, dim=128, rotated=128, bits=4, heads=(4, 1)),
+    Case(slots=90, dim=128, rotated=128, bits=8, heads=(4, 1), left=True),
 ]
 
 
@@ -182,6 +186,31 @@ def test_a_head_without_units_and_one_whose_units_are_all_hidden_give_zeros():
         assert (out[1, 2:] == 0).all()
         assert (out[0, 2:] != 0).all()
         assert (out[1, :2] != 0).all()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    ("family", "interleaved"), [("llama", False), ("phi3", False), ("glm", True), ("cohere", True)]
+)
+def test_a_familys_own_rotation_is_found(family, interleaved, dtype):
+    """Tables as its rotary module makes them: GLM's and Cohere's pairs are neighbours, their tables differ."""
+    apply = importlib.import_module(f"transformers.models.{family}.modeling_{family}").apply_rotary_pos_emb
+    theta = torch.arange(50)[:, None] * 0.7 ** torch.arange(8)
+    table = theta.repeat_interleave(2, -1) if family == "cohere" else torch.cat((theta, theta), -1)
+    cos, sin = table.cos().to(dtype), table.sin().to(dtype)
+    dim = 16 if family in ("llama", "cohere") else 24  # the others rotate some channels only
+    found = angles_of(apply, cos, sin, dim)
+    assert found is not None
+    assert found.interleaved is interleaved
+    x = torch.randn(2, 3, 20, dim).to(dtype)
+    want = apply(x, x, cos[None, 5:25], sin[None, 5:25])[0]
+    got = found.rotate(x, torch.arange(5, 25).expand(2, 3, 20))
+    torch.testing.assert_close(got, want, atol=1e-5 if dtype == torch.float32 else 4e-2, rtol=1e-5)
+
+
+def test_a_rotation_of_another_kind_is_not_taken_for_one():
+    theta = torch.arange(50)[:, None] * 0.7 ** torch.arange(16)
+    assert angles_of(lambda q, k, cos, sin: (q * cos + q.flip(-1) * sin, k), theta.cos(), theta.sin(), 16) is None
 
 
 # In a process of its own: triton reads the environment when it is imported. Outputs are poisoned with NaN, so that a

@@ -174,7 +174,7 @@ def move_tile(width: int, element_size: int, *, place: bool) -> tuple[int, int]:
     """Channels and units of a block: in place thin slices of many units, as only one program may walk them."""
     most = max(1, (SLICE_BYTES if place else 256) // element_size)
     slice_ = min(triton.next_power_of_2(width), most)
-    return slice_, max(16, min(2048, TILE_BYTES // (slice_ * element_size)))
+    return slice_, max(16, min(1024, TILE_BYTES // (slice_ * element_size)))
 
 
 def _flat(column: Column) -> Column:

@@ -20,6 +20,7 @@ Shapes: B batch, T queries, S slots, Hq/Hkv heads, G = Hq // Hkv, D head dim, R 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor
 from locret.kernels.attention import prefix_causal_attention
 from locret.kernels.switch import use_triton
 
+ApplyRope = Callable[..., tuple[Tensor, Tensor]]
 MOST_ROWS = 64  # G * T of one tile in the kernel
 
 
@@ -77,6 +79,31 @@ class Angles:
             return torch.cat((torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2), rest), -1)
         a, b = turned[..., :pairs], turned[..., pairs:]
         return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1)
+
+
+def angles_of(apply: ApplyRope, cos: Tensor, sin: Tensor, head_dim: int) -> Angles | None:
+    """The same rotation as a transformers family's, or None if it is none of the kinds that `Angles` can say.
+
+    Families differ in their pairs and in how their tables repeat an angle; so each kind is tried on random numbers.
+
+    Args:
+        apply: the family's apply_rotary_pos_emb(q, k, cos, sin).
+        cos, sin: its tables, [positions, R].
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 1, min(len(cos), 64), head_dim, generator=generator).to(cos.device, cos.dtype)
+    want = apply(x, x, cos[None, : x.shape[2]], sin[None, : x.shape[2]])[0].float()
+    at = torch.arange(x.shape[2], device=cos.device)[None, None]
+    allowed = 1e-5 if cos.dtype in (torch.float32, torch.float64) else 4e-2
+    half = cos.shape[1] // 2
+    for found in (
+        Angles(cos[:, :half], sin[:, :half]),
+        Angles(cos[:, :half], sin[:, :half], interleaved=True),
+        Angles(cos[:, ::2].contiguous(), sin[:, ::2].contiguous(), interleaved=True),
+    ):
+        if bool(((found.rotate(x, at).float() - want).abs() <= allowed).all()):
+            return found
+    return None
 
 
 @dataclass(frozen=True)

@@ -50,13 +50,37 @@ def _channels(x_ptr, x_t, scale_ptr, zero_ptr, scale_t, slot, channel, mask, BIT
 
 
 @triton.jit
-def _two_tiles(x_ptr, x_t, scale_ptr, zero_ptr, scale_t, slot, a, b, mask_a, mask_b, BITS: tl.constexpr,
-               GROUP: tl.constexpr, BYTES: tl.constexpr, SHARED: tl.constexpr):  # fmt: skip
-    """Channels a and b; SHARED: they lie in the same bytes."""
-    if BITS == 4 and SHARED:
-        codes = tl.load(x_ptr + slot[:, None] * x_t + a[None, :], mask=mask_a, other=0).to(tl.int32)
-        one = _scaled(codes & 15, scale_ptr, zero_ptr, scale_t, slot, a, mask_a, GROUP)
-        two = _scaled(codes >> 4, scale_ptr, zero_ptr, scale_t, slot, b, mask_b, GROUP)
+def _scaled_groups(codes, scale_ptr, zero_ptr, scale_t, slot, used, FIRST: tl.constexpr, GROUP: tl.constexpr):
+    """`_scaled` where the tile is whole groups from group FIRST on: a scale is loaded once for all its channels."""
+    rows: tl.constexpr = codes.shape[0]
+    groups: tl.constexpr = codes.shape[1] // GROUP
+    at = slot[:, None] * scale_t + FIRST + tl.arange(0, groups)[None, :]
+    scale = tl.load(scale_ptr + at, mask=used[:, None], other=0.0).to(tl.float32)
+    zero = tl.load(zero_ptr + at, mask=used[:, None], other=0.0).to(tl.float32)
+    numbers = tl.reshape(codes.to(tl.float32), (rows, groups, GROUP)) * scale[:, :, None] + zero[:, :, None]
+    return tl.reshape(numbers, (rows, groups * GROUP))
+
+
+@triton.jit
+def _two_tiles(x_ptr, x_t, scale_ptr, zero_ptr, scale_t, slot, used, a, b, in_a, in_b, BITS: tl.constexpr,
+               GROUP: tl.constexpr, BYTES: tl.constexpr, HALVES: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
+    """Channels a and b of some slots. HALVES: they are the head's two halves; WHOLE: of whole groups."""
+    mask_a, mask_b = used[:, None] & in_a[None, :], used[:, None] & in_b[None, :]
+    if BITS != 0 and HALVES:
+        place = x_ptr + slot[:, None] * x_t
+        one = tl.load(place + a[None, :], mask=mask_a, other=0)
+        if BITS == 4:
+            two = one >> 4
+            one = one & 15
+        else:
+            two = tl.load(place + b[None, :], mask=mask_b, other=0)
+        if WHOLE:
+            width: tl.constexpr = a.shape[0]
+            one = _scaled_groups(one, scale_ptr, zero_ptr, scale_t, slot, used, 0, GROUP)
+            two = _scaled_groups(two, scale_ptr, zero_ptr, scale_t, slot, used, width // GROUP, GROUP)
+        else:
+            one = _scaled(one, scale_ptr, zero_ptr, scale_t, slot, a, mask_a, GROUP)
+            two = _scaled(two, scale_ptr, zero_ptr, scale_t, slot, b, mask_b, GROUP)
     else:
         one = _channels(x_ptr, x_t, scale_ptr, zero_ptr, scale_t, slot, a, mask_a, BITS, GROUP, BYTES)
         two = _channels(x_ptr, x_t, scale_ptr, zero_ptr, scale_t, slot, b, mask_b, BITS, GROUP, BYTES)
@@ -82,8 +106,8 @@ def _split(
     T: tl.constexpr, G: tl.constexpr, M: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr,
     PAIR_STEP: tl.constexpr, SECOND: tl.constexpr, REST: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, BYTES: tl.constexpr, SHARED: tl.constexpr,
-    CAPPED: tl.constexpr, UPCAST: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, BYTES: tl.constexpr, HALVES: tl.constexpr,
+    WHOLE: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     i, h = head // heads, head % heads
@@ -140,8 +164,8 @@ def _split(
         slot = start + tl.arange(0, BLOCK_N)
         used = slot < high
         one, two = _two_tiles(
-            k_ptr, k_t, k_scale, k_zero, ks_t, slot, k_one, k_two, used[:, None] & in_one[None, :],
-            used[:, None] & in_two[None, :], BITS, GROUP, BYTES, SHARED,
+            k_ptr, k_t, k_scale, k_zero, ks_t, slot, used, k_one, k_two, in_one, in_two, BITS, GROUP, BYTES, HALVES,
+            WHOLE,
         )  # fmt: skip
         if cos_ptr is not None:
             where = base + slot - first
@@ -166,8 +190,8 @@ def _split(
         most = new_most
         total = total * fade + tl.sum(weight, 1)
         one, two = _two_tiles(
-            v_ptr, v_t, v_scale, v_zero, vs_t, slot, v_one, v_two, used[:, None] & in_v_one[None, :],
-            used[:, None] & in_v_two[None, :], BITS, GROUP, BYTES, True,
+            v_ptr, v_t, v_scale, v_zero, vs_t, slot, used, v_one, v_two, in_v_one, in_v_two, BITS, GROUP, BYTES, True,
+            WHOLE,
         )  # fmt: skip
         weight = weight.to(dot_type)
         out_one = tl.dot(weight, one.to(dot_type), out_one * fade[:, None], input_precision="ieee")
@@ -256,14 +280,15 @@ def constants(
     interleaved = angles is not None and angles.interleaved
     rest = 0 if angles is None else dim - 2 * pairs
     bits = k.bits if isinstance(k, Codes) else 0
+    group = dim // k.scale.shape[3] if isinstance(k, Codes) else 1
     block_v = max(16, triton.next_power_of_2((dim + 1) // 2))
     return dict(
         T=t, G=groups, M=max(16, triton.next_power_of_2(groups * t)), DIM=dim, PAIRS=pairs,
         PAIR_STEP=2 if interleaved else 1, SECOND=1 if interleaved else pairs, REST=rest,
         BLOCK_P=max(16, triton.next_power_of_2(pairs)), BLOCK_R=max(16, triton.next_power_of_2(rest)),
         BLOCK_V=block_v, BLOCK_N=64 if block_v * element_size <= 128 else 32,
-        BITS=bits, GROUP=dim // k.scale.shape[3] if isinstance(k, Codes) else 1,
-        BYTES=dim * max(bits, 1) // 8 or 1, SHARED=2 * pairs == dim and not interleaved,
+        BITS=bits, GROUP=group, BYTES=dim * max(bits, 1) // 8 or 1, HALVES=2 * pairs == dim and not interleaved,
+        WHOLE=2 * block_v == dim and block_v % group == 0,
     )  # fmt: skip
 
 
