@@ -12,6 +12,7 @@ docs/kernels.md asks for before a kernel becomes the default: right, and faster 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import time
@@ -35,7 +36,7 @@ from locret.kernels.decode_attention import (
     reference_decode_attention,
     torch_decode_attention,
 )
-from locret.kernels.decode_attention_triton import decode_attention_triton
+from locret.kernels.decode_attention_triton import Tile, decode_attention_triton
 from locret.select import select
 from locret.storage import Affine
 
@@ -45,6 +46,9 @@ SCALE = 128**-0.5
 TOLERANCE = 1.5e-2  # of decode attention, relative to its largest value: bf16 rounds keys and weights to 8 bits
 Run = Callable[[], Any]
 Row = dict[str, Any]
+
+
+SWEEP = [(32, 4, 2), (32, 4, 4), (64, 4, 2), (64, 4, 3), (64, 8, 2), (64, 8, 3), (128, 4, 2), (128, 8, 2), (128, 8, 3)]
 
 
 class Shape:
@@ -159,7 +163,7 @@ class Bench:
                    2 * moved * unit, lambda: compact_triton(columns, keep),
                    {"gather and copy": lambda: reference_compact(columns, keep)}, self)  # fmt: skip
 
-    def decode(self, batch: int, budget: int, storage: str, ragged: bool) -> Row:
+    def decode(self, batch: int, budget: int, storage: str, ragged: bool, tile: Tile | None = None) -> Row:
         heads, dim = self.shape.hkv, self.shape.dim
         theta = torch.arange(budget, device=DEVICE)[:, None] * 500_000 ** -(torch.arange(dim // 2, device=DEVICE) /
                                                                             (dim // 2))  # fmt: skip
@@ -178,9 +182,12 @@ class Bench:
         given = dict(span=span, angles=angles, softcap=None, bias=None)
 
         def kernel() -> Tensor:
-            return decode_attention_triton(q, pair[0], pair[1], SCALE, **given)
+            return decode_attention_triton(q, pair[0], pair[1], SCALE, **given, tile=tile)
 
         wrong = self.decode_error(q, pair, given, kernel())
+        if tile is not None:
+            shape = dict(batch=batch, storage=storage, tile=dataclasses.asdict(tile), error=wrong)
+            return shape | timed(kernel, self.shape.repeats, self.flush)
         paths: dict[str, Run] = {
             "decode, rotate, attend": lambda: torch_decode_attention(q, *pair, scale=SCALE, **given)
         }
@@ -218,6 +225,21 @@ class Bench:
         return found
 
 
+def sweep(bench: Bench) -> list[Row]:
+    """Decoding over the largest budget with other tiles, fastest first within a batch and storage."""
+    found = []
+    shape = bench.shape
+    for batch in (shape.batches[0], shape.batches[-1]):
+        for storage in ("dense", "int4"):
+            rows = []
+            for slots, warps, stages in SWEEP[:1] if not CUDA else SWEEP:
+                for stretch in (None, 2048):
+                    tile = Tile(slots, stretch, warps, stages)
+                    rows.append(bench.decode(batch, shape.budgets[-1], storage, False, tile))
+            found += sorted(rows, key=lambda row: row["median_us"])
+    return found
+
+
 def verdicts(rows: list[Row]) -> dict[str, Any]:
     """Per kernel and storage: whether it is right and faster everywhere, and where it is not."""
     kinds = sorted({(row["kernel"], row.get("storage", "")) for row in rows})
@@ -236,12 +258,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path)
     parser.add_argument("--tiny", action="store_true", help="sizes for the interpreter")
+    parser.add_argument("--sweep", action="store_true", help="other tiles of the decode kernel instead; a few minutes")
     args = parser.parse_args()
     if not CUDA and not args.tiny:
         parser.error("no CUDA device; TRITON_INTERPRET=1 ... --tiny tries the script without one")
     torch.manual_seed(0)
     started = time.perf_counter()
     bench = Bench(Shape(args.tiny))
+    if args.sweep:
+        tiles = sweep(bench)
+        if args.output:
+            write_text(args.output, json.dumps(dict(copy_gbps=bench.gbps, tiles=tiles), indent=1) + "\n")
+        for row in tiles:
+            print(json.dumps(row))
+        return
     rows = bench.rows()
     report = dict(
         device=torch.cuda.get_device_name() if CUDA else "cpu", torch=torch.__version__, triton=triton.__version__,

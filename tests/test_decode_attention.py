@@ -218,12 +218,12 @@ def test_a_rotation_of_another_kind_is_not_taken_for_one():
 INTERPRETED = """
 import json, torch
 from locret.kernels.decode_attention import Span, reference_decode_attention
-from locret.kernels.decode_attention_triton import decode_attention_triton
+from locret.kernels.decode_attention_triton import Tile, decode_attention_triton
 from test_decode_attention import CASES, Case, TOLERANCE, error, inputs
 out = {}
 def run(name, given, stretch):
     poisoned = torch.full(given["q"].shape, float("nan"), dtype=given["q"].dtype)
-    got = decode_attention_triton(*given.values(), out=poisoned, stretch=stretch)
+    got = decode_attention_triton(*given.values(), out=poisoned, tile=stretch and Tile(32, stretch))
     out[name] = error(got, reference_decode_attention(**given))
     return got
 for case in CASES:
@@ -259,7 +259,7 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from locret.kernels.decode_attention import Angles, Codes
-from locret.kernels.decode_attention_triton import _merge, _split, constants
+from locret.kernels.decode_attention_triton import _merge, _split, constants, default_tile
 names = "first_ptr stop_ptr position_ptr bias_ptr".split()
 def build(kernel, types, fixed, capability):
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
@@ -282,7 +282,7 @@ def split(dtype, size, dim, bits, rotated, capability, spans):
     types |= dict(slots="i32", stretch="i32", heads="i32", scale="fp32", softcap="fp32", table_t="i32")
     types |= {f"{x}_{axis}": "i32" for x in ("q", "k", "v", "ks", "vs", "bias") for axis in "bht"}
     angles = Angles(torch.empty(1, rotated // 2), torch.empty(1, rotated // 2)) if rotated else None
-    fixed = constants(dim, 4, 1, size, k, angles) | dict(CAPPED=spans, UPCAST=False)
+    fixed = constants(dim, 4, 1, default_tile(dim, size).slots, k, angles) | dict(CAPPED=spans, UPCAST=False)
     build(_split, types, fixed, capability)
 for capability in (80, 90):
     for bits in (0, 8, 4):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import os
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -24,6 +25,7 @@ from torch import Tensor
 from locret.kernels.decode_attention import Angles, Codes, Span
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # its dot multiplies the bits of bf16 as if they were numbers
+LONGEST_STRETCH = 1024
 
 
 @triton.jit
@@ -232,22 +234,38 @@ def _merge(part_ptr, lse_ptr, out_ptr, splits, ROWS: tl.constexpr, DIM: tl.const
     tl.store(out_ptr + row * DIM + dim, out.to(out_ptr.dtype.element_ty), mask=dim < DIM)
 
 
+@dataclass(frozen=True)
+class Tile:
+    """How `_split` is laid out; results differ in rounding only. benchmarks/kernels.py --sweep tries others."""
+
+    slots: int  # at once
+    stretch: int | None = None  # slots of a program; None: by the number of multiprocessors
+    warps: int = 4
+    stages: int = 2  # of slots on their way
+
+
+def default_tile(dim: int, element_size: int) -> Tile:
+    """At most 16 KB of keys at once."""
+    return Tile(64 if triton.next_power_of_2(dim) * element_size <= 256 else 32)
+
+
 def decode_attention_triton(
     q: Tensor, k: Tensor | Codes, v: Tensor | Codes, scale: float, span: Span, angles: Angles | None,
-    softcap: float | None, bias: Tensor | None, *, out: Tensor | None = None, stretch: int | None = None,
+    softcap: float | None, bias: Tensor | None, *, out: Tensor | None = None, tile: Tile | None = None,
 ) -> Tensor:  # fmt: skip
-    """`decode_attention`, into `out` (contiguous, like q) if given. stretch: slots per program, by default so many that
-    two programs a multiprocessor run. Shapes decide the launches, so that they can be captured in a CUDA graph.
+    """`decode_attention`, into `out` (contiguous, like q) if given.
+
+    Shapes decide the launches, so that they can be captured in a CUDA graph.
     """
     batch, num_q, t, dim = q.shape
     k_x, k_scale, k_zero = _parts(k)
     v_x, v_scale, v_zero = _parts(v)
     heads, slots = k_x.shape[1:3]
     rows = num_q // heads * t
-    fixed = constants(dim, num_q // heads, t, q.element_size(), k, angles)
+    tile = tile or default_tile(dim, q.element_size())
+    fixed = constants(dim, num_q // heads, t, tile.slots, k, angles)
     fixed |= dict(CAPPED=softcap is not None, UPCAST=INTERPRETED and q.dtype == torch.bfloat16)
-    if stretch is None:
-        stretch = _stretch(slots, batch * heads, fixed["BLOCK_N"], q.device)
+    stretch = tile.stretch or _stretch(slots, batch * heads, tile.slots, q.device)
     splits = triton.cdiv(slots, stretch)
     part = torch.empty(batch * heads, splits, rows, dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(batch * heads, splits, rows, dtype=torch.float32, device=q.device)
@@ -264,7 +282,7 @@ def decode_attention_triton(
         slots, stretch, heads, scale, softcap or 0.0,
         *q.stride()[:3], *k_x.stride()[:3], *v_x.stride()[:3], *_strides(k_scale), *_strides(v_scale),
         *((0, 0) if bias is None else bias.stride()[:2]), 0 if cos is None else cos.stride(0),
-        **fixed, num_warps=4, num_stages=2,
+        **fixed, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     _merge[(batch * num_q * t,)](
         part, lse, out, splits, ROWS=rows, DIM=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_S=16, num_warps=4
@@ -273,9 +291,9 @@ def decode_attention_triton(
 
 
 def constants(
-    dim: int, groups: int, t: int, element_size: int, k: Tensor | Codes, angles: Angles | None
+    dim: int, groups: int, t: int, block: int, k: Tensor | Codes, angles: Angles | None
 ) -> dict[str, int | bool]:
-    """What `_split` is compiled for."""
+    """What `_split` is compiled for. block: slots at once."""
     pairs = (dim + 1) // 2 if angles is None else angles.cos.shape[1]
     interleaved = angles is not None and angles.interleaved
     rest = 0 if angles is None else dim - 2 * pairs
@@ -286,15 +304,16 @@ def constants(
         T=t, G=groups, M=max(16, triton.next_power_of_2(groups * t)), DIM=dim, PAIRS=pairs,
         PAIR_STEP=2 if interleaved else 1, SECOND=1 if interleaved else pairs, REST=rest,
         BLOCK_P=max(16, triton.next_power_of_2(pairs)), BLOCK_R=max(16, triton.next_power_of_2(rest)),
-        BLOCK_V=block_v, BLOCK_N=64 if block_v * element_size <= 128 else 32,
+        BLOCK_V=block_v, BLOCK_N=block,
         BITS=bits, GROUP=group, BYTES=dim * max(bits, 1) // 8 or 1, HALVES=2 * pairs == dim and not interleaved,
         WHOLE=2 * block_v == dim and block_v % group == 0,
     )  # fmt: skip
 
 
 def _stretch(slots: int, heads: int, block: int, device: torch.device) -> int:
+    """Two programs a multiprocessor; with many heads more, so that the last ones do not run alone for long."""
     wanted = triton.cdiv(2 * _processors(device), heads)
-    return triton.cdiv(triton.cdiv(slots, wanted), block) * block
+    return min(triton.cdiv(triton.cdiv(slots, wanted), block) * block, LONGEST_STRETCH)
 
 
 @functools.cache
