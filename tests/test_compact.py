@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 
+from locret.cache import KVCache, Packed, Units
 from locret.errors import ConfigError
 from locret.kernels.compact import Column, compact, kept, reference_compact, reference_kept
 from locret.kernels.switch import use_triton
@@ -134,6 +135,37 @@ def test_every_column_moves(shape, place):
     compact(columns, keep)
     for (_, _, out), rows in zip(columns, want, strict=True):
         assert same(out[:, :, : keep.shape[2]], rows)
+
+
+@pytest.mark.parametrize("storage", ["dense", "int4"])
+def test_compacting_a_layers_slab_in_place_is_append_and_keep(storage):
+    """No workspace: the chunk stays where it is, and what survives of slab and chunk moves into the slab."""
+    g = torch.Generator().manual_seed(4)
+
+    def units(n, start):
+        k, v = (torch.randn(2, 3, n, 32, generator=g).bfloat16() for _ in range(2))
+        position = torch.arange(start, start + n).expand(2, 3, n)
+        return Units(k, v, torch.randn(2, 3, n, generator=g), position, position < 3)
+
+    cache = KVCache(windows=[None], batch=2, num_kv_heads=3, head_dim=32, capacity=20, chunk_size=12,
+                    dtype=torch.bfloat16, device=torch.device("cpu"), storage=storage)  # fmt: skip
+    first, chunk = units(20, 0), units(12, 20)
+    cache.append(0, first)
+    layer = cache.layers[0]
+    layer.settle()
+    twin = layer.copy()
+    both = cache.append(0, chunk)
+    keep = kept(both.score, both.protected, 20)
+    layer.keep(keep)
+
+    new = chunk
+    if storage != "dense":
+        k, v = (cache.codec.encode(x) for x in (chunk.k, chunk.v))
+        new = Packed(cache.codec, k, v, {name: x for name, x in chunk.tensors().items() if name not in "kv"})
+    slab, theirs = twin.slab.tensors(), new.tensors()
+    compact([Column(slab[name][:, :, :20], theirs[name], slab[name]) for name in slab], keep)
+    for name, column in layer.slab.tensors().items():
+        assert torch.equal(slab[name], column), name
 
 
 # In a process of its own: triton reads the environment when it is imported.

@@ -14,7 +14,8 @@ import pytest
 import torch
 from test_compact import in_interpreter
 
-from locret.kernels.attention import reference_attention
+from locret.cache import KVCache, Units
+from locret.kernels.attention import prefix_causal_attention, reference_attention
 from locret.kernels.decode_attention import (
     Angles,
     Codes,
@@ -24,6 +25,7 @@ from locret.kernels.decode_attention import (
     reference_decode_attention,
     torch_decode_attention,
 )
+from locret.select import select_across_heads
 from locret.storage import Affine
 
 NAN = float("nan")
@@ -211,6 +213,38 @@ def test_a_familys_own_rotation_is_found(family, interleaved, dtype):
 def test_a_rotation_of_another_kind_is_not_taken_for_one():
     theta = torch.arange(50)[:, None] * 0.7 ** torch.arange(16)
     assert angles_of(lambda q, k, cos, sin: (q * cos + q.flip(-1) * sin, k), theta.cos(), theta.sin(), 16) is None
+
+
+@pytest.mark.parametrize("storage", ["dense", "int8", "int4"])
+def test_it_reads_ragged_layers_as_they_lie_and_gives_what_prefill_gives(storage):
+    """Heads padded on the left, in codes or not: the decode step of `prefill` today, against one call."""
+    g = torch.Generator().manual_seed(3)
+    made = KVCache(windows=[None], batch=2, num_kv_heads=2, head_dim=32, capacity=30, chunk_size=40,
+                   dtype=torch.float32, device=torch.device("cpu"), ragged=True, storage=storage)  # fmt: skip
+    layer = made.layers[0]
+
+    def units(n, start):
+        k, v = (torch.randn(2, 2, n, 32, generator=g) for _ in range(2))
+        position = torch.arange(start, start + n).expand(2, 2, n)
+        return Units(k, v, torch.rand(2, 2, n, generator=g), position, position < 0)
+
+    scores = made.append(0, units(40, 0)).score
+    layer.keep(select_across_heads(scores, 29, torch.zeros_like(scores, dtype=torch.bool), floor=4))
+    assert layer.longest > 29
+    joined = made.append(0, units(1, 40))
+    q = torch.randn(2, 6, 1, 32, generator=g)
+    theta = torch.arange(80)[:, None] * 0.7 ** torch.arange(16)
+    angles, span = Angles(theta.cos(), theta.sin()), Span(first_unit=layer.padding)
+    own = (torch.arange(len(joined)) - layer.padding[..., None]).clamp(min=0)
+    hidden = torch.zeros(own.shape).masked_fill(torch.arange(len(joined)) < layer.padding[..., None], float("-inf"))
+    want = prefix_causal_attention(angles.rotate(q, own[..., -1:].repeat_interleave(3, 1)),
+                                   angles.rotate(joined.k, own), joined.v, scale=0.3, bias=hidden)  # fmt: skip
+    torch.testing.assert_close(decode_attention(q, joined.k, joined.v, scale=0.3, span=span, angles=angles), want)
+    if storage != "dense":  # the newest unit too as it is stored, as later steps see it
+        source, bits = layer._source, int(storage[3:])
+        k, v = (Codes(x.parts["codes"], x.parts["scale"], x.parts["zero"], bits) for x in (source.k, source.v))
+        want = decode_attention(q, k.decode(), v.decode(), scale=0.3, span=span, angles=angles)
+        torch.testing.assert_close(decode_attention(q, k, v, scale=0.3, span=span, angles=angles), want)
 
 
 # In a process of its own: triton reads the environment when it is imported. Outputs are poisoned with NaN, so that a

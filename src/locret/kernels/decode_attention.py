@@ -178,14 +178,16 @@ def reference_decode_attention(
 
 
 def _rotated(q: Tensor, keys: Tensor, span: Span, angles: Angles) -> tuple[Tensor, Tensor]:
-    first, stop, position = span.bounds(keys)
     t, slots = q.shape[2], keys.shape[2]
+    if span.first_unit is span.stop is span.first_position is None:  # one angle a slot for all heads
+        at = torch.arange(slots, device=q.device)[None, None]
+        return angles.rotate(q, at[..., slots - t :]), angles.rotate(keys, at)
+    first, stop, position = span.bounds(keys)
     own = torch.arange(slots, device=q.device) - first[..., None]  # [B, Hkv, S]
     own = torch.minimum(own, (stop - first)[..., None] - 1).clamp(min=0)  # slots without a unit: any angle will do
-    at = (stop - first - t)[..., None] + torch.arange(t, device=q.device) + position[..., None]
-    groups = q.shape[1] // keys.shape[1]
-    return (angles.rotate(q, at.clamp(min=0).repeat_interleave(groups, 1)),
-            angles.rotate(keys, own + position[..., None]))  # fmt: skip
+    at = (stop - first - t)[..., None] + torch.arange(t, device=q.device)
+    queries = (at.clamp(min=0) + position[..., None]).repeat_interleave(q.shape[1] // keys.shape[1], 1)
+    return angles.rotate(q, queries), angles.rotate(keys, own + position[..., None])
 
 
 def _masked(
