@@ -1,0 +1,295 @@
+"""Every Triton kernel against its torch path on the device at hand: right, how fast, how near to the memory's speed.
+
+    python benchmarks/kernels.py --output benchmarks/results/kernels.json          # a CUDA device; under a minute
+    TRITON_INTERPRET=1 python benchmarks/kernels.py --tiny                         # does the script run? no timings
+
+Llama-3.1-8B's attention: 32 query and 8 KV heads of 128 channels, bf16. Every call is captured in a CUDA graph, so that
+Python's launches are not timed, and replayed after a write over the L2 cache, as 31 other layers would. `share` is the
+bytes that must move, over the median, over the bandwidth that copying a gigabyte reaches here. `wins` is what
+docs/kernels.md asks for before a kernel becomes the default: right, and faster than every torch path at every shape.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from locret.files import write_text
+from locret.kernels.attention import prefix_causal_attention
+from locret.kernels.compact import Column, reference_compact, reference_kept
+from locret.kernels.compact_triton import compact_triton, kept_triton
+from locret.kernels.decode_attention import (
+    EVERYTHING,
+    Angles,
+    Codes,
+    Span,
+    reference_decode_attention,
+    torch_decode_attention,
+)
+from locret.kernels.decode_attention_triton import Tile, decode_attention_triton
+from locret.select import select
+from locret.storage import Affine
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+SCALE = 128**-0.5
+TOLERANCE = 1.5e-2  # of decode attention, relative to its largest value: bf16 rounds keys and weights to 8 bits
+Run = Callable[[], Any]
+Row = dict[str, Any]
+
+
+SWEEP = [(32, 4, 2), (32, 4, 4), (64, 4, 2), (64, 4, 3), (64, 8, 2), (64, 8, 3), (128, 4, 2), (128, 8, 2), (128, 8, 3)]
+
+
+class Shape:
+    """The published model's, or one that the interpreter can take."""
+
+    def __init__(self, tiny: bool) -> None:
+        self.hq, self.hkv, self.dim, self.chunk = (4, 2, 32, 20) if tiny else (32, 8, 128, 3072)
+        self.budgets, self.batches = ((50,), (1, 2)) if tiny else ((6000, 16_384), (1, 8, 32))
+        self.repeats = 1 if tiny else 30
+
+
+# ---------------------------------------------------------------------- timing
+
+
+def timed(run: Run, repeats: int, flush: Tensor) -> dict[str, float]:
+    """Median and spread in microseconds."""
+    run()  # compiles
+    if not CUDA:
+        start = time.perf_counter()
+        run()
+        return spread([(time.perf_counter() - start) * 1e6])
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats + 3)]
+    for start, stop in events:
+        flush.zero_()
+        start.record()
+        graph.replay()
+        stop.record()
+    torch.cuda.synchronize()
+    return spread([start.elapsed_time(stop) * 1e3 for start, stop in events[3:]])
+
+
+def spread(times: list[float]) -> dict[str, float]:
+    times = sorted(times)
+    ends = times[len(times) // 10], times[-1 - len(times) // 10]
+    return {"median_us": round(statistics.median(times), 2), "p10_us": round(ends[0], 2), "p90_us": round(ends[1], 2)}
+
+
+def copy_bandwidth(repeats: int, flush: Tensor) -> float:
+    """GB/s of reading and writing, as copying reaches them."""
+    source = torch.empty((1 << 30) if CUDA else (1 << 20), dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / timed(lambda: target.copy_(source), repeats, flush)["median_us"] / 1e3
+
+
+def row(name: str, shape: dict[str, Any], wrong: float, allowed: float, nbytes: int, kernel: Run, paths: dict[str, Run],
+        bench: Bench) -> Row:  # fmt: skip
+    mine = timed(kernel, bench.shape.repeats, bench.flush)
+    theirs = {path: timed(run, bench.shape.repeats, bench.flush) for path, run in paths.items()}
+    fastest = min(path["median_us"] for path in theirs.values())
+    gbps = nbytes / mine["median_us"] / 1e3
+    return dict(
+        kernel=name, **shape, error=wrong, right=wrong <= allowed, bytes=nbytes, **mine, gbps=round(gbps, 1),
+        share=round(gbps / bench.gbps, 3), torch=theirs, speedup=round(fastest / mine["median_us"], 3),
+    )  # fmt: skip
+
+
+class Bench:
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        self.flush = torch.empty((256 if CUDA else 1) << 20, dtype=torch.uint8, device=DEVICE)
+        self.gbps = copy_bandwidth(shape.repeats, self.flush)
+
+    # ------------------------------------------------------------------ the kernels
+
+    def kept(self, batch: int, budget: int) -> Row:
+        s = budget + self.shape.chunk
+        scores = torch.randn(batch, self.shape.hkv, s, device=DEVICE)
+        pinned = torch.zeros_like(scores, dtype=torch.bool)
+        pinned[..., -s // 10 :] = True
+        got = kept_triton(scores, pinned, budget)
+        wrong = float((got != reference_kept(scores, pinned, budget)).sum())
+        paths = {
+            "counts": lambda: reference_kept(scores, pinned, budget),
+            "top-k and sort": lambda: select(scores, budget, pinned),
+        }
+        nbytes = scores.nbytes + pinned.nbytes + got.nbytes
+        return row("kept", dict(batch=batch, budget=budget), wrong, 0, nbytes,
+                   lambda: kept_triton(scores, pinned, budget), paths, self)  # fmt: skip
+
+    def columns(self, batch: int, budget: int, storage: str, place: bool) -> list[Column]:
+        heads, chunk, dim = self.shape.hkv, self.shape.chunk, self.shape.dim
+
+        def numbers(units: int) -> list[Tensor]:
+            x = torch.randn(batch, heads, units, dim, device=DEVICE).bfloat16()
+            kinds = [x] if storage == "dense" else list(Affine(int(storage[3:])).encode(x).parts.values())
+            kinds = kinds + [part.clone() for part in kinds]  # V
+            position = torch.randint(0, 1 << 40, (batch, heads, units), device=DEVICE)
+            return [*kinds, torch.rand(batch, heads, units, device=DEVICE), position, position > 1 << 39]
+
+        old, new = numbers(budget), numbers(chunk)
+        return [Column(a, b, a if place else torch.empty_like(a)) for a, b in zip(old, new, strict=True)]
+
+    def compact(self, batch: int, budget: int, storage: str, place: bool) -> Row:
+        columns = self.columns(batch, budget, storage, place)
+        keep = torch.rand(batch, self.shape.hkv, budget + self.shape.chunk, device=DEVICE)
+        keep = keep.argsort(-1)[..., :budget].sort(-1).values
+        twin = [Column(old.clone(), new, old.clone()) for old, new, _ in columns]
+        reference_compact(twin, keep)
+        compact_triton(columns, keep)
+        wrong = float(sum((mine.out != theirs.out).sum() for mine, theirs in zip(columns, twin, strict=True)))
+        moved = keep.numel() - int((keep == torch.arange(budget, device=DEVICE)).sum()) if place else keep.numel()
+        unit = sum(column.out.nbytes for column in columns) // (batch * self.shape.hkv * budget)
+        return row("compact", dict(batch=batch, budget=budget, storage=storage, in_place=place), wrong, 0,
+                   2 * moved * unit, lambda: compact_triton(columns, keep),
+                   {"gather and copy": lambda: reference_compact(columns, keep)}, self)  # fmt: skip
+
+    def decode(self, batch: int, budget: int, storage: str, ragged: bool, tile: Tile | None = None) -> Row:
+        heads, dim = self.shape.hkv, self.shape.dim
+        theta = torch.arange(budget, device=DEVICE)[:, None] * 500_000 ** -(torch.arange(dim // 2, device=DEVICE) /
+                                                                            (dim // 2))  # fmt: skip
+        angles = Angles(theta.cos().bfloat16(), theta.sin().bfloat16())
+        q = torch.randn(batch, self.shape.hq, 1, dim, device=DEVICE).bfloat16()
+        k, v = (torch.randn(batch, heads, budget, dim, device=DEVICE).bfloat16() for _ in range(2))
+        units, span = batch * heads * budget, EVERYTHING
+        if ragged:  # heads of half to full length, so three quarters of the bytes
+            lengths = torch.randint(budget // 2, budget + 1, (batch, heads), device=DEVICE)
+            units, span = int(lengths.sum()), Span(first_unit=budget - lengths)
+        pair: list[Tensor | Codes] = [k, v]
+        if storage != "dense":
+            bits = int(storage[3:])
+            parts = [Affine(bits).encode(x).parts for x in (k, v)]
+            pair = [Codes(x["codes"], x["scale"], x["zero"], bits) for x in parts]
+        given = dict(span=span, angles=angles, softcap=None, bias=None)
+
+        def kernel() -> Tensor:
+            return decode_attention_triton(q, pair[0], pair[1], SCALE, **given, tile=tile)
+
+        wrong = self.decode_error(q, pair, given, kernel())
+        if tile is not None:
+            shape = dict(batch=batch, storage=storage, tile=dataclasses.asdict(tile), error=wrong)
+            return shape | timed(kernel, self.shape.repeats, self.flush)
+        paths: dict[str, Run] = {
+            "decode, rotate, attend": lambda: torch_decode_attention(q, *pair, scale=SCALE, **given)
+        }
+        if storage == "dense" and not ragged:
+            paths["attend, keys rotated before"] = lambda: prefix_causal_attention(q, k, v, scale=SCALE)
+        whole = sum(
+            x.nbytes if isinstance(x, Tensor) else x.codes.nbytes + x.scale.nbytes + x.zero.nbytes for x in pair
+        )
+        shape = dict(batch=batch, budget=budget, storage=storage, ragged=ragged)
+        nbytes = whole * units // (batch * heads * budget)
+        return row("decode_attention", shape, wrong, TOLERANCE, nbytes, kernel, paths, self)
+
+    def decode_error(self, q: Tensor, pair: list[Tensor | Codes], given: dict[str, Any], got: Tensor) -> float:
+        """Of the last row: float64 keys of all rows do not fit."""
+        last = [
+            Codes(x.codes[-1:], x.scale[-1:], x.zero[-1:], x.bits) if isinstance(x, Codes) else x[-1:] for x in pair
+        ]
+        first = given["span"].first_unit
+        span = EVERYTHING if first is None else Span(first_unit=first[-1:])
+        want = reference_decode_attention(q[-1:], *last, scale=SCALE, **given | dict(span=span))
+        if not bool(torch.isfinite(got).all()):
+            return float("inf")
+        return float((got[-1:].double() - want).abs().max() / want.abs().max())
+
+    def rows(self) -> list[Row]:
+        found = []
+        for budget in self.shape.budgets:
+            found += [self.kept(batch, budget) for batch in (1, self.shape.batches[-1])]
+            found += [
+                self.compact(1, budget, storage, place) for storage in ("dense", "int4") for place in (True, False)
+            ]
+            for batch in self.shape.batches:
+                found += [self.decode(batch, budget, storage, False) for storage in ("dense", "int8", "int4")]
+            found.append(self.decode(self.shape.batches[1], budget, "dense", True))
+        return found
+
+
+def sweep(bench: Bench) -> list[Row]:
+    """Decoding over the largest budget with other tiles, fastest first within a batch and storage."""
+    found = []
+    shape = bench.shape
+    for batch in (shape.batches[0], shape.batches[-1]):
+        for storage in ("dense", "int4"):
+            rows = []
+            for slots, warps, stages in SWEEP[:1] if not CUDA else SWEEP:
+                for stretch in (None, 2048):
+                    tile = Tile(slots, stretch, warps, stages)
+                    rows.append(bench.decode(batch, shape.budgets[-1], storage, False, tile))
+            found += sorted(rows, key=lambda row: row["median_us"])
+    return found
+
+
+def verdicts(rows: list[Row]) -> dict[str, Any]:
+    """Per kernel and storage: whether it is right and faster everywhere, and where it is not."""
+    kinds = sorted({(row["kernel"], row.get("storage", "")) for row in rows})
+    found = {}
+    for kind in kinds:
+        mine = [row for row in rows if (row["kernel"], row.get("storage", "")) == kind]
+        found[" ".join(kind).strip()] = dict(
+            right=all(row["right"] for row in mine), wins=all(row["right"] and row["speedup"] > 1 for row in mine),
+            speedup=[min(row["speedup"] for row in mine), max(row["speedup"] for row in mine)],
+            share=[min(row["share"] for row in mine), max(row["share"] for row in mine)],
+        )  # fmt: skip
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--tiny", action="store_true", help="sizes for the interpreter")
+    parser.add_argument("--sweep", action="store_true", help="other tiles of the decode kernel instead; a few minutes")
+    args = parser.parse_args()
+    if not CUDA and not args.tiny:
+        parser.error("no CUDA device; TRITON_INTERPRET=1 ... --tiny tries the script without one")
+    torch.manual_seed(0)
+    started = time.perf_counter()
+    bench = Bench(Shape(args.tiny))
+    if args.sweep:
+        tiles = sweep(bench)
+        if args.output:
+            write_text(args.output, json.dumps(dict(copy_gbps=bench.gbps, tiles=tiles), indent=1) + "\n")
+        for row in tiles:
+            print(json.dumps(row))
+        return
+    rows = bench.rows()
+    report = dict(
+        device=torch.cuda.get_device_name() if CUDA else "cpu", torch=torch.__version__, triton=triton.__version__,
+        copy_gbps=round(bench.gbps, 1), verdicts=verdicts(rows), rows=rows,
+        seconds=round(time.perf_counter() - started, 1),
+    )  # fmt: skip
+    text = json.dumps(report, indent=1)
+    if args.output:
+        write_text(args.output, text + "\n")
+    for row in rows:
+        where = ", ".join(
+            f"{key} {row[key]}" for key in ("batch", "budget", "storage", "in_place", "ragged") if key in row
+        )
+        others = ", ".join(f"{name} {path['median_us']}" for name, path in row["torch"].items())
+        print(f"{row['kernel']:<16} {where}: {row['median_us']} us, {row['share']:.0%} of copy; {others}; "
+              f"error {row['error']:.1e}{'' if row['right'] else ' WRONG'}")  # fmt: skip
+    print(json.dumps(report["verdicts"]), f"{report['seconds']} s")
+
+
+if __name__ == "__main__":
+    main()

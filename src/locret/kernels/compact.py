@@ -1,0 +1,110 @@
+"""Order-preserving top-k compaction: which units stay, and the move of their rows, without a sort.
+
+    kept(scores, pinned, b)   the b units that stay, ascending: pinned ones first, then the highest scores; of equal
+                              scores the older unit (the smaller index) stays
+    compact(columns, keep)    out[j] = (old ++ new)[keep[j]] for every column of the units, in place if out is old
+
+`kept` finds the b-th largest key, then counts: a unit stays if its key is larger, or equal and among the oldest that
+still fit; where it goes is the number of kept units before it. +0 and -0 are equal. A score of +inf ranks below a pin,
+NaN between the two, so that a broken method moves rows of its own units only (`Reader` raises afterwards).
+
+`compact` may work in place because keep is ascending without repeats, so keep[j] >= j: whoever walks from the left
+never overwrites what is still to be read.
+
+Shapes: B batch, Hkv KV heads, S = P + C units, P held, C new, b units that stay.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from locret.kernels.switch import use_triton
+
+
+class Column(NamedTuple):
+    """One property of the units: K, V, a score ... New units lie behind the old ones, in memory of their own."""
+
+    old: Tensor  # [B, Hkv, P, ...]
+    new: Tensor | None  # [B, Hkv, C, ...]; None: there are only old ones
+    out: Tensor  # [B, Hkv, >= b, ...]; the same memory as `old`, from the same unit on, or disjoint from it
+
+
+def kept(scores: Tensor, pinned: Tensor, budget: int) -> Tensor:
+    """Indices of the units that stay.
+
+    Args:    scores: [B, Hkv, S], compared in fp32;  pinned: bool, [B, Hkv, S];  budget: 1 .. S.
+    Returns: int64, [B, Hkv, budget], ascending.
+    """
+    assert scores.shape == pinned.shape, (scores.shape, pinned.shape)
+    assert 1 <= budget <= scores.shape[-1], (budget, scores.shape)
+    if use_triton("compact", scores):
+        from locret.kernels.compact_triton import kept_triton
+
+        return kept_triton(scores, pinned, budget)
+    return reference_kept(scores, pinned, budget)
+
+
+def reference_kept(scores: Tensor, pinned: Tensor, budget: int) -> Tensor:
+    """`kept` in torch: the threshold by `topk`, the rest by two cumulative sums. Nothing waits for the device."""
+    keys = order_keys(scores, pinned)
+    threshold = keys.topk(budget, dim=-1).values[..., -1:]
+    above, ties = keys > threshold, keys == threshold
+    stays = above | (ties & (ties.cumsum(-1) <= budget - above.sum(-1, keepdim=True)))
+    slot = torch.where(stays, stays.cumsum(-1) - 1, budget)  # what does not stay is written behind the end
+    out = torch.empty(*keys.shape[:-1], budget + 1, dtype=torch.int64, device=keys.device)
+    unit = torch.arange(keys.shape[-1], device=keys.device).expand_as(keys)
+    return out.scatter_(-1, slot, unit)[..., :budget]
+
+
+def order_keys(scores: Tensor, pinned: Tensor) -> Tensor:
+    """int32 keys in the order of the scores: a float's bits, those below the sign turned over for negative numbers."""
+    bits = (scores.float() + 0.0).contiguous().view(torch.int32)  # -0 + 0 is +0
+    keys = torch.where(bits < 0, bits ^ _LARGEST, bits)
+    return keys.masked_fill(scores.isnan(), _LARGEST - 1).masked_fill(pinned, _LARGEST)
+
+
+_LARGEST = 2**31 - 1
+
+
+def compact(columns: list[Column], keep: Tensor) -> None:
+    """Move the units at `keep` to the beginning of every `out`, in that order.
+
+    Args:
+        columns: of one table: all in place or none, all with new units or none.
+        keep: int64, [B, Hkv, b], ascending, no index twice.
+    """
+    for column in columns:
+        _check(column, keep)
+    if use_triton("compact", keep):
+        from locret.kernels.compact_triton import compact_triton
+
+        compact_triton(columns, keep)
+    else:
+        reference_compact(columns, keep)
+
+
+def reference_compact(columns: list[Column], keep: Tensor) -> None:
+    """`compact` by gather and copy."""
+    for old, new, out in columns:
+        both = old if new is None else torch.cat((old, new), 2)
+        tail = both.shape[3:]
+        rows = keep.reshape(*keep.shape, *(1 for _ in tail)).expand(*keep.shape, *tail)
+        out[:, :, : keep.shape[2]] = both.gather(2, rows)  # gathered first: source and target may overlap
+
+
+def in_place(column: Column) -> bool:
+    return column.old.data_ptr() == column.out.data_ptr()
+
+
+def _check(column: Column, keep: Tensor) -> None:
+    old, new, out = column
+    assert old.shape[:2] == out.shape[:2] == keep.shape[:2], (old.shape, out.shape, keep.shape)
+    assert out.shape[2] >= keep.shape[2], "the kept units fit"
+    assert (old.dtype, old.shape[3:]) == (out.dtype, out.shape[3:]), "a column has one kind of rows"
+    if in_place(column):
+        assert old.stride() == out.stride(), "in place means the same units at the same addresses"
+    if new is not None:
+        assert (new.dtype, new.shape[3:]) == (out.dtype, out.shape[3:]), "a column has one kind of rows"
