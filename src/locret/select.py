@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from locret.errors import ConfigError
+from locret.kernels.compact import kept
 
 
 def pin(protected: Tensor, *, num_sinks: int, num_newest: int, positions: Tensor) -> Tensor:
@@ -33,10 +34,10 @@ def select(scores: Tensor, budget: int, pinned: Tensor) -> Tensor:
     Pinning is a mask and not a large score: a tie would evict a pinned unit (kvpress issue 227).
 
     Args:    scores: [B, Hkv, S], finite;  pinned: bool, [B, Hkv, S];  budget: 1 .. S.
-    Returns: int64, [B, Hkv, budget], ascending, so that kept units stay in position order.
+    Returns: int64, [B, Hkv, budget], ascending, so that kept units stay in position order. Of equal scores the older
+             stays, on every device.
     """
-    ranked = scores.float().masked_fill(pinned, float("inf"))
-    return ranked.topk(budget, dim=-1).indices.sort(dim=-1).values
+    return kept(scores, pinned, budget)
 
 
 def select_across_heads(scores: Tensor, budget: int, pinned: Tensor, *, floor: int) -> Tensor:
