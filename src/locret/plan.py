@@ -77,13 +77,25 @@ class Shape:
     def of(cls, config: Any, name: str = "") -> Shape:
         """From a transformers config; the model is built without memory, its parameters counted."""
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config)
+            return cls._count(AutoModelForCausalLM.from_config(config), config, name)
+
+    @classmethod
+    def of_backbone(cls, backbone: Backbone) -> Shape:
+        """Of a model that is loaded: what its probe saw."""
+        counted = cls._count(backbone.model, backbone.model.config, "")
+        return dataclasses.replace(
+            counted, windows=tuple(layer.window for layer in backbone.layers), num_q_heads=backbone.num_q_heads,
+            num_kv_heads=backbone.num_kv_heads, head_dim=backbone.head_dim,
+        )  # fmt: skip
+
+    @classmethod
+    def _count(cls, model: Any, config: Any, name: str) -> Shape:
         experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
         active = (getattr(config, "num_experts_per_tok", None) or 1) / experts
         matrices = [(key, p.numel()) for key, p in model.base_model.layers.named_parameters() if p.dim() > 1]
         heads = config.num_attention_heads
         return cls(
-            name=name or type(config).__name__, hidden_size=config.hidden_size,
+            name=name or type(model).__name__, hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size, num_q_heads=heads,
             num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
@@ -225,15 +237,16 @@ class Footprint:
 
 
 def footprint(
-    shape: Shape, method: Method, config: CacheConfig, *, prompt_len: int, new_tokens: int | None, dtype: torch.dtype
-) -> Footprint:
+    shape: Shape, method: Method, config: CacheConfig, *, prompt_len: int, new_tokens: int | None, dtype: torch.dtype,
+    num_protected: int = 0,
+) -> Footprint:  # fmt: skip
     """What a prompt of `prompt_len` tokens and an answer of at most `new_tokens` take.
 
     Not counted: a second look at attention (methods that score cached units again), and heads that keep different
     numbers of units are taken to keep the same.
     Raises: ConfigError: the options do not go together; the message of the engine itself.
     """
-    reader = _allocate(shape, method, config, prompt_len, new_tokens, dtype)
+    reader = _allocate(shape, method, config, prompt_len, new_tokens, dtype, num_protected)
     total = prompt_len + (new_tokens or 1)
     full = reader.plan.budget is None
     units = tuple(
@@ -257,8 +270,9 @@ def footprint(
 
 
 def _allocate(
-    shape: Shape, method: Method, config: CacheConfig, prompt_len: int, new_tokens: int | None, dtype: torch.dtype
-) -> Reader:
+    shape: Shape, method: Method, config: CacheConfig, prompt_len: int, new_tokens: int | None, dtype: torch.dtype,
+    num_protected: int,
+) -> Reader:  # fmt: skip
     """The engine's own allocation, on a device that has no memory."""
     stand_in: Any = SimpleNamespace(
         layers=[LayerSpec(True, window, None) for window in shape.windows], num_kv_heads=shape.num_kv_heads,
@@ -266,7 +280,10 @@ def _allocate(
         device=torch.device("meta"), rope=lambda length, prompt_len: None,
         model=SimpleNamespace(config=SimpleNamespace(max_position_embeddings=shape.max_length)),
     )  # fmt: skip
-    return Reader.start(cast(Backbone, stand_in), method, config, batch=1, prompt_len=prompt_len, new_tokens=new_tokens)
+    return Reader.start(
+        cast(Backbone, stand_in), method, config, batch=1, prompt_len=prompt_len, new_tokens=new_tokens,
+        num_protected=num_protected,
+    )  # fmt: skip
 
 
 def _unit(shape: Shape, method: Method, dtype: torch.dtype, storage: str) -> int:
