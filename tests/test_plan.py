@@ -55,6 +55,7 @@ def test_matmul_counts_the_linears_of_a_dense_model_and_active_experts_of_a_mixt
 RUNS: list[tuple[str, str, dict[str, Any]]] = [
     ("llama", "knorm", dict(budget=40, chunk_size=16)),
     ("llama", "knorm", dict(budget=40, chunk_size=16, positions="original")),
+    ("llama", "knorm", dict(budget=40, chunk_size=200)),  # one chunk, up to the local window
     ("llama", "knorm", dict(budget=500)),  # holds everything
     ("llama", "locret", dict(budget=33, chunk_size=50)),
     ("llama", "full", dict(chunk_size=16)),

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from locret import __version__
-from locret.cli import answer, chat, contexts, demo, doctor, inspect, methods, plan, train
+from locret.cli import answer, bench, chat, contexts, demo, doctor, inspect, methods, plan, train
 from locret.cli.output import emit_error, json_only, note
 from locret.errors import LocretError
 
@@ -36,6 +36,7 @@ app.command("train")(train.train)
 app.command("inspect")(inspect.inspect)
 app.command("methods")(methods.methods)
 app.command("plan")(plan.plan)
+app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 
 
