@@ -116,7 +116,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert value["rows"][0]["prefill_of_floor"] > 0
     assert plot.read_text().startswith("<svg")
     assert main(arguments) == 0
-    assert "locret is faster by" in capsys.readouterr().out
+    assert "transformers' seconds / locret's: TTFT" in capsys.readouterr().out
 
 
 def test_bad_numbers_say_what_is_allowed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -162,7 +162,7 @@ def run(
     rows: list[Row] = []
     with torch.inference_mode():
         for engine in engines:
-            _case(engine, _ids(llm, min(lengths)), [1], 2)  # warms up
+            _case(engine, _ids(llm, min(*lengths, 512)), [1], 2)  # warms up
         for length in sorted(set(lengths)):
             runs: list[list[_Run]] = [[] for _ in engines]
             for repeat in range(repeats):

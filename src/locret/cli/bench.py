@@ -82,29 +82,32 @@ def _show(report: Report) -> None:
         f"locret {m['locret']} {m['commit']}")  # fmt: skip
     say(f"floor: copies {report.card.bandwidth / 1e9:,.1f} GB/s, matmuls {report.card.flops / 1e12:,.4g} TFLOP/s, "
         "measured in this run")  # fmt: skip
-    table(
-        ("engine", "tokens", "batch", "TTFT s", "floor", "tok/s", "TPOT ms", "floor", "tok/s", "KV", "peak"),
-        [_cells(row) for row in report.rows],
-        title=f"medians of {s['repeats']} (least - most)",
-    )
+    title = f"medians of {s['repeats']} (least - most)"
+    prefill = [row for row in report.rows if row.ttft is not None]
+    table(("engine", "tokens", "TTFT s", "of floor", "tok/s"), [_prefill(row) for row in prefill], title=title)
+    columns = ("engine", "tokens", "batch", "TPOT ms", "of floor", "tok/s", "KV", "peak")
+    table(columns, [_decode(row) for row in report.rows])
     for ratio in report.ratios():
-        texts = [f"{name.upper()} {ratio[name]:.2f}x" for name in ("ttft", "tpot") if ratio[name] is not None]
-        text = ", ".join(texts) or f"transformers: {ratio['failed']}"
-        say(f"{ratio['length']:,} tokens, batch {ratio['batch']}: locret is faster by {text}")
+        texts = [f"{name.upper()} {ratio[name]:.2f}" for name in ("ttft", "tpot") if ratio[name] is not None]
+        text = ", ".join(texts) or ratio["failed"]
+        say(f"{ratio['length']:,} tokens, batch {ratio['batch']}: transformers' seconds / locret's: {text}")
     bar = report.bar()
     if bar is not None:
         say(bar)
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    head = (row.engine, f"{row.length:,}", str(row.batch))
-    if row.failed:
-        return (*head, row.failed, *[""] * 7)
+def _prefill(row: Row) -> tuple[str, ...]:
     return (
-        *head,
-        _spread(row.ttft, 1, 3), _floor(row.ttft_floor, row.ttft), _rate(row.length, row.ttft),
-        _spread(row.tpot, 1e3, 2), _floor(row.tpot_floor, row.tpot), _rate(row.batch, row.tpot),
-        bytes_text(row.kv_bytes), "" if row.peak_bytes is None else bytes_text(row.peak_bytes),
+        row.engine, f"{row.length:,}", _spread(row.ttft, 1, 3), _floor(row.ttft_floor, row.ttft),
+        _rate(row.length, row.ttft),
+    )  # fmt: skip
+
+
+def _decode(row: Row) -> tuple[str, ...]:
+    return (
+        row.engine, f"{row.length:,}", str(row.batch), row.failed or _spread(row.tpot, 1e3, 1),
+        _floor(row.tpot_floor, row.tpot), _rate(row.batch, row.tpot), "" if row.failed else bytes_text(row.kv_bytes),
+        "" if row.peak_bytes is None else bytes_text(row.peak_bytes),
     )  # fmt: skip
 
 
