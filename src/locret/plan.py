@@ -375,7 +375,7 @@ class Plan:
 
     @property
     def kv_bytes(self) -> int:
-        """Slabs of one user."""
+        """Slabs and rotation tables of one user."""
         return self.items[1].bytes // self.users
 
     @property

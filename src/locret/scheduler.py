@@ -180,7 +180,7 @@ class Scheduler:
         Args:
             prompt, sampling, protect, options: as for `LLM.generate`.
             priority: higher goes first.
-            on_text: called with every piece of text, in the thread that steps.
+            on_text: called with every piece of text, in the thread that steps; it may cancel, and must not step.
         Raises: CapacityError: it would not fit even alone. ConfigError: as `LLM.generate`.
         """
         chosen = Sampling.of(sampling, options)
