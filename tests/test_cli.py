@@ -21,7 +21,10 @@ from locret.cli.inspect import remaining, token_texts
 from locret.decode import Output, Stats
 from locret.errors import ConfigError, DataError
 
-VERBS = ["demo", "generate", "chat", "compress", "ask", "train", "eval", "inspect", "methods", "doctor"]
+VERBS = [
+    "demo", "generate", "chat", "compress", "contexts", "ask", "train", "eval", "inspect", "methods", "plan", "bench",
+    "doctor",
+]  # fmt: skip
 STATS = {
     "prompt_tokens", "new_tokens", "method", "budget", "kv_bytes", "peak_kv_bytes", "kv_bytes_full", "prefill_seconds",
     "decode_seconds",

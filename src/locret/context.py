@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -60,7 +60,7 @@ class Context:
         on_progress: Progress | None = None,
     ) -> Context:  # fmt: skip
         """See `LLM.compress`."""
-        ids, mask = _encode_document(llm, document, protect)
+        ids, mask = encode_document(llm, document, protect)
         if not ids:
             raise ConfigError("the document has no tokens; give some text")
         with torch.inference_mode():
@@ -236,11 +236,14 @@ class Context:
 
 def model_digest(llm: LLM) -> str:
     """A short hash of some of every parameter of the model and of the heads: other weights, other digest."""
-    digest = hashlib.sha256()
-    parts = list(llm.backbone.model.parameters())
     heads = getattr(llm.method, "heads", None)
-    parts += [] if heads is None else list(heads.parameters())
-    for parameter in parts:
+    return weights_digest([*llm.backbone.model.parameters(), *(() if heads is None else heads.parameters())])
+
+
+def weights_digest(parameters: Iterable[Tensor]) -> str:
+    """A short hash of some numbers of each."""
+    digest = hashlib.sha256()
+    for parameter in parameters:
         flat = parameter.detach().flatten()
         sample = flat[:: max(1, len(flat) // 64)].to(device="cpu", dtype=torch.bfloat16)
         digest.update(sample.view(torch.int16).numpy().tobytes())
@@ -251,10 +254,10 @@ def _turns(llm: LLM) -> chat.Turns | None:
     return None if llm.backbone.tokenizer is None else chat.Turns.of(llm.backbone.tokenizer)
 
 
-def _encode_document(
+def encode_document(
     llm: LLM, document: str | list[dict[str, Any]] | list[int], protect: Sequence[str]
 ) -> tuple[list[int], Tensor | None]:
-    """Ids and protected mask."""
+    """Ids of a document as `Context.compress` reads it, and its protected mask."""
     if isinstance(document, list) and document and isinstance(document[0], int):
         if protect:
             raise ConfigError("protect names pieces of text; a document of token ids has none")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from locret import chat
+from locret.assets import ContextStore
 from locret.backbone import EMBEDDED, Backbone
 from locret.config import CacheConfig, Sampling
 from locret.context import Context
@@ -25,6 +26,7 @@ from locret.errors import ConfigError
 from locret.heads import RetainingHeads
 from locret.methods import Method, get_method, wants_heads
 from locret.prefill import Progress, Reader
+from locret.scheduler import Scheduler
 
 Messages = list[dict[str, Any]]
 Prompt = str | Messages | list[int]
@@ -114,20 +116,29 @@ class LLM:
         return Stream(self._decoder([encoded], Sampling.of(sampling, options), on_progress))
 
     def compress(
-        self, document: Prompt, *, protect: Sequence[str] = (), on_progress: Progress | None = None
-    ) -> Context:
+        self, document: Prompt, *, protect: Sequence[str] = (), on_progress: Progress | None = None,
+        store: ContextStore | str | Path | None = None,
+    ) -> Context:  # fmt: skip
         """Read a document once, into the budget; ask it as many questions as you like.
 
         Args:
             document: text (the beginning of a user turn that the questions complete), messages (earlier turns), or
                 token ids.
             protect: pieces of the document's text whose units are never evicted.
+            store: a folder; the context is taken from there if it has been saved, and saved there otherwise.
         """
+        if store is not None:
+            found = store if isinstance(store, ContextStore) else ContextStore(store)
+            return found.compress(self, document, protect=protect, on_progress=on_progress).context
         return Context.compress(self, document, protect=protect, on_progress=on_progress)
 
     def open(self) -> Context:
         """A context that has read nothing yet: for conversations and for input without end (`Context.append`)."""
         return Context.open(self)
+
+    def scheduler(self, **options: Any) -> Scheduler:
+        """Many requests at once, each with its own sampling and stream; options: see `Scheduler`."""
+        return Scheduler(self, **options)
 
     def _encode(self, prompt: Prompt, protect: Sequence[str]) -> _Encoded:
         if _is_ids(prompt):

@@ -30,6 +30,10 @@ class ContextError(LocretError):
     """A saved context that is broken, or was made by another model or other heads."""
 
 
+class CapacityError(LocretError):
+    """A request that does not fit into memory; the message has the arithmetic."""
+
+
 class NumericsError(LocretError):
     """NaN or infinite scores: selecting by them would keep arbitrary units."""
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from locret import __version__
-from locret.cli import answer, chat, contexts, demo, doctor, evaluate, heads, inspect, methods, train
+from locret.cli import answer, bench, chat, contexts, demo, doctor, evaluate, heads, inspect, methods, plan, train
 from locret.cli.output import emit_error, json_only, note
 from locret.errors import LocretError
 
@@ -30,12 +30,15 @@ app.command("demo")(demo.demo)
 app.command("generate")(answer.generate)
 app.command("chat")(chat.chat)
 app.command("compress")(contexts.compress)
+app.command("contexts")(contexts.contexts)
 app.command("ask")(answer.ask)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.add_typer(heads.app)
 app.command("inspect")(inspect.inspect)
 app.command("methods")(methods.methods)
+app.command("plan")(plan.plan)
+app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 
 

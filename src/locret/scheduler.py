@@ -1,0 +1,508 @@
+"""Continuous batching over a fixed number of slots: requests come and go while others run.
+
+A round is some prefill chunks of one request each, then one decode step of every request that is answering. Chunks are
+never cut or merged: where they end decides what is evicted, so a request reads its prompt in exactly the chunks that it
+reads it in alone. How many chunks a round has follows from `chunk_seconds`, the prefill time that may on average lie
+between two decode steps. Chunks go, among requests of the highest priority, by turns to the one with the least left to
+read and to the one that came first: a short prompt waits for two chunks of a long one at most, and the long one gets at
+least every second chunk.
+
+Admission is by bytes, counted before anything is allocated (`plan.footprint`): what can never fit is refused with the
+arithmetic, what does not fit now waits. Long prompts leave one slot free for short ones.
+
+Decoding has two modes. `exact`: every row runs alone, and a request gets, bit for bit, what `LLM.generate` gives it;
+the weights are read once a row. Otherwise: all slots run as one batch of a fixed number of rows, the empty ones filled
+up, and the weights are read once a step. A matrix product of one shape treats each row alike whatever stands in the
+others, so a request still gets the same tokens among others as alone in this scheduler; but a product of another shape
+may round differently, so they can differ from `LLM.generate`'s. (Mixtures of experts route rows into products of
+varying shapes: for them only `exact` promises anything.) Attention is per row in both.
+
+Shapes: B slots, T prompt, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from locret.backbone import AttentionCall
+from locret.config import Sampling
+from locret.decode import Output, Stats, eos_ids, full_cache_bytes
+from locret.errors import CapacityError, ConfigError, NumericsError
+from locret.observe import surprisal
+from locret.plan import Footprint, Shape, footprint
+from locret.prefill import Reader, _ChunkPass
+from locret.sampling import Sampler, TextStream
+
+if TYPE_CHECKING:
+    from locret.engine import LLM, Prompt
+
+_SHORT_CHUNKS = 4  # a prompt of more chunks than that is long: it leaves one slot free
+_PATIENCE = 16  # how often requests that fit may overtake one that does not fit yet
+
+
+class Status(StrEnum):
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    DONE = "done"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt and its answer. Iterate over it for pieces of text; this runs the scheduler as far as needed.
+
+    Attributes:
+        priority: higher goes first, in the queue and for prefill chunks.
+        error: why it failed.
+        first_token_seconds: from `submit` to the first token, once there is one.
+    """
+
+    prompt: list[int]
+    sampling: Sampling
+    priority: int
+    on_text: Callable[[str], object] | None
+    number: int
+    cost: Footprint
+    status: Status = Status.WAITING
+    error: Exception | None = None
+    tokens: list[int] = field(default_factory=list)
+    first_token_seconds: float | None = None
+    _scheduler: Scheduler = field(kw_only=True, repr=False)
+    _text: TextStream | None = field(kw_only=True, repr=False)
+    _protected: Tensor | None = field(default=None, kw_only=True, repr=False)
+    _submitted: float = field(default=0.0, kw_only=True)
+    _reason: str | None = None
+    _reader: Reader | None = field(default=None, repr=False)
+    _sampler: Sampler | None = field(default=None, repr=False)
+    _chunks: Iterator[Tensor | None] | None = field(default=None, repr=False)
+    _stats: Stats | None = field(default=None, repr=False)
+    _left: int = 0  # prompt tokens not read yet
+    _overtaken: int = 0
+    _cancelled: bool = False
+    _prefill_seconds: float = 0.0
+    _decode_seconds: float = 0.0
+    _fresh: deque[str] = field(default_factory=deque, repr=False)
+
+    @property
+    def finished(self) -> bool:
+        return self.status in (Status.DONE, Status.CANCELLED, Status.FAILED)
+
+    @property
+    def output(self) -> Output:
+        """The answer so far; complete when `finished`. Raises `error` for a request that failed."""
+        if self.error is not None:
+            raise self.error
+        stats = self._stats or self._scheduler._stats(self)
+        return Output(self._text.text if self._text else "", list(self.tokens), self._reason or "length", stats)
+
+    def cancel(self) -> None:
+        """Stop; the slot is free at once, or, while another thread is in a step, after it. Text so far stays."""
+        self._scheduler._cancel(self)
+
+    def wait(self) -> Output:
+        """Run until it is finished; the answer."""
+        for _ in self:
+            pass
+        return self.output
+
+    def __iter__(self) -> Iterator[str]:
+        while True:
+            while self._fresh:
+                yield self._fresh.popleft()
+            if self.finished:
+                break
+            self._scheduler.step()
+        if self.error is not None:
+            raise self.error
+
+
+class Scheduler:
+    """Runs many requests at once on one model. Safe to submit to and cancel in from other threads than the one in step.
+
+    Args:
+        slots: requests that read or answer at the same time.
+        max_bytes: of all caches together, one workspace and scratch included; None: what is free on the GPU now, less a
+            tenth, or no limit on a CPU.
+        chunk_seconds: prefill time that may, on average, come between two decode steps. One chunk is the least that is
+            run, so a single gap can be as long as a chunk takes; a smaller `chunk_size` of the cache shortens it.
+        exact: see the top of this file.
+        clock: seconds; for tests.
+    """
+
+    def __init__(
+        self, llm: LLM, *, slots: int = 8, max_bytes: int | None = None, chunk_seconds: float = 0.1,
+        exact: bool = True, clock: Callable[[], float] = time.perf_counter,
+    ) -> None:  # fmt: skip
+        for name, value in (("slots", slots), ("max_bytes", max_bytes), ("chunk_seconds", chunk_seconds)):
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name} is {value}; it must be above 0")
+        self.llm, self.slots, self.exact, self.chunk_seconds = llm, slots, exact, chunk_seconds
+        self.max_bytes = _free_bytes(llm.backbone.device) if max_bytes is None else max_bytes
+        self.requests: list[Request] = []  # in slots, in order of admission
+        self.waiting: list[Request] = []
+        self._inbox: deque[Request] = deque()  # submitted, perhaps by another thread, since the last step
+        self._shape = Shape.of_backbone(llm.backbone)
+        self._eos = eos_ids(llm.backbone)
+        self._numbers, self._turn = itertools.count(), 0
+        self._lock = threading.Lock()
+        self._credit = 0.0
+        self._token_seconds = 0.0  # of prefill, as measured
+        self._clock = clock
+
+    @property
+    def free_slots(self) -> int:
+        return self.slots - len(self.requests)
+
+    @property
+    def used_bytes(self) -> int:
+        """Of the requests in slots, as counted for admission."""
+        return _needed([request.cost for request in self.requests])
+
+    def submit(
+        self, prompt: Prompt, *, sampling: Sampling | None = None, priority: int = 0, protect: tuple[str, ...] = (),
+        on_text: Callable[[str], object] | None = None, **options: object,
+    ) -> Request:  # fmt: skip
+        """Put a request into the queue.
+
+        Args:
+            prompt, sampling, protect, options: as for `LLM.generate`.
+            priority: higher goes first.
+            on_text: called with every piece of text, in the thread that steps; it may cancel, and must not step.
+        Raises: CapacityError: it would not fit even alone. ConfigError: as `LLM.generate`.
+        """
+        chosen = Sampling.of(sampling, options)
+        encoded = self.llm._encode(prompt, protect)
+        if not encoded.ids:
+            raise ConfigError("the prompt has no tokens; give at least one")
+        marked = 0 if encoded.protected is None else int(encoded.protected.sum())
+        cost = footprint(
+            self._shape, self.llm.method, self.llm.config, prompt_len=len(encoded.ids),
+            new_tokens=chosen.max_new_tokens, dtype=self.llm.backbone.dtype,
+            num_protected=marked,
+        )  # fmt: skip
+        if self.max_bytes is not None and _needed([cost]) > self.max_bytes:
+            raise CapacityError(f"this request can never be admitted: {_arithmetic(cost)}, and the limit is "
+                                f"{self.max_bytes:,} B; lower the budget or raise max_bytes")  # fmt: skip
+        tokenizer = self.llm.backbone.tokenizer
+        text = None if tokenizer is None else TextStream(tokenizer, chosen.stop, strip_start=encoded.templated)
+        request = Request(
+            encoded.ids, chosen, priority, on_text, next(self._numbers), cost, _scheduler=self, _text=text,
+            _protected=encoded.protected, _submitted=self._clock(),
+        )  # fmt: skip
+        request._left = len(encoded.ids)
+        self._inbox.append(request)
+        return request
+
+    def step(self) -> bool:
+        """One round: admit, read some chunks, one token for everyone who answers. False: there is nothing to do."""
+        with self._lock, torch.inference_mode(), self.llm.backbone.seam():
+            self._sweep()
+            self._admit()
+            self._read()
+            self._sweep()
+            self._decode()
+            self._sweep()
+            return bool(self.requests or self.waiting or self._inbox)
+
+    def run(self) -> None:
+        """Until nothing is left to do."""
+        while self.step():
+            pass
+
+    # ------------------------------------------------------------------ admission
+
+    def _admit(self) -> None:
+        overtaken: list[Request] = []
+        for request in sorted(self.waiting, key=lambda r: (-r.priority, r.number)):
+            if not self.free_slots or any(r._overtaken >= _PATIENCE for r in overtaken):
+                return  # what is freed from now on is kept for the one that has waited so long
+            if not self._fits(request):
+                overtaken.append(request)
+                continue
+            for other in overtaken:
+                other._overtaken += 1
+            self.waiting.remove(request)
+            try:
+                self._start(request)
+            except Exception as error:
+                self._fail(request, error)
+                request._stats = self._stats(request)
+
+    def _fits(self, request: Request) -> bool:
+        if self._is_long(request) and self.free_slots == 1 and self.slots > 1:
+            return False
+        needed = _needed([*(other.cost for other in self.requests), request.cost])
+        return self.max_bytes is None or needed <= self.max_bytes
+
+    def _is_long(self, request: Request) -> bool:
+        return len(request.cost.chunks) > _SHORT_CHUNKS
+
+    def _start(self, request: Request) -> None:
+        marked, device = request._protected, self.llm.backbone.device
+        reader = Reader.start(
+            self.llm.backbone, self.llm.method, self.llm.config, batch=1, prompt_len=len(request.prompt),
+            new_tokens=request.sampling.max_new_tokens, num_protected=0 if marked is None else int(marked.sum()),
+        )  # fmt: skip
+        self._share_workspace(reader)
+        ids = torch.tensor([request.prompt], device=device)
+        request._reader, request._sampler = reader, Sampler(request.sampling, 1, device)
+        request._chunks = _chunks(reader, ids, marked)
+        request.status = Status.PREFILL
+        self.requests.append(request)
+
+    def _share_workspace(self, reader: Reader) -> None:
+        """One workspace for all: it holds nothing between two layers. The largest serves everyone."""
+        caches = [reader.cache, *(r._reader.cache for r in self.requests if r._reader is not None)]
+        largest = max((c.workspace for c in caches if c.workspace is not None), key=len, default=None)
+        for cache in caches:
+            cache.workspace = largest
+
+    # ------------------------------------------------------------------ prefill
+
+    def _read(self) -> None:
+        """Prefill chunks: one when nobody answers, otherwise those that the steps so far have left time for."""
+        answering = any(r.status is Status.DECODE for r in self.requests)
+        self._credit = min(self._credit, 0.0) + self.chunk_seconds
+        ran = False
+        while (request := self._next_reader()) is not None:
+            expected = self._token_seconds * min(request._left, max(request.cost.chunks))
+            if answering and (self._credit <= 0 or (ran and self._credit < expected)):
+                return
+            self._turn += 1
+            self._credit -= self._read_chunk(request)
+            ran = True
+            if not answering:
+                self._credit = 0.0
+                return
+
+    def _next_reader(self) -> Request | None:
+        reading = [r for r in self.requests if r.status is Status.PREFILL and not r._cancelled]
+        if not reading:
+            return None
+        highest = max(r.priority for r in reading)
+        reading = [r for r in reading if r.priority == highest]
+        if self._turn % 2:
+            return min(reading, key=lambda r: r.number)
+        return min(reading, key=lambda r: (r._left, r.number))
+
+    def _read_chunk(self, request: Request) -> float:
+        """Seconds that it took."""
+        assert request._chunks is not None
+        assert request._reader is not None
+        started, before = self._clock(), request._reader.cache.seen
+        try:
+            logits = next(request._chunks)
+            done = request._reader.cache.seen - before
+            request._left -= done
+            if logits is not None:
+                request.status = Status.DECODE
+                self._choose(request, logits)
+        except Exception as error:
+            self._fail(request, error)
+            return self._clock() - started
+        took = self._clock() - started
+        request._prefill_seconds += took
+        self._token_seconds = took / max(1, done)
+        return took
+
+    # ------------------------------------------------------------------ decode
+
+    def _decode(self) -> None:
+        rows = [r for r in self.requests if r.status is Status.DECODE and not r._cancelled]
+        if not rows:
+            return
+        started = self._clock()
+        if self.exact:
+            for request in rows:
+                self._step_alone(request)
+        else:
+            self._step_together(rows)
+        took = self._clock() - started
+        for request in rows:
+            request._decode_seconds += took
+
+    def _step_alone(self, request: Request) -> None:
+        assert request._reader is not None
+        try:
+            token = torch.tensor([request.tokens[-1]], device=self.llm.backbone.device)
+            self._choose(request, request._reader.step(token))
+        except Exception as error:
+            self._fail(request, error)
+
+    def _step_together(self, rows: list[Request]) -> None:
+        """One forward pass of `slots` rows; what is no request's is a filler."""
+        readers = [r._reader for r in rows if r._reader is not None]
+        ids = torch.zeros(self.slots, 1, dtype=torch.int64, device=self.llm.backbone.device)
+        ids[: len(rows), 0] = torch.tensor([r.tokens[-1] for r in rows], device=ids.device)
+        together = _Rows(readers)
+        try:
+            logits = self.llm.backbone.run(ids, together)
+        except Exception as error:
+            for request in rows:  # a failure of the pass itself, such as no memory, has no owner
+                self._fail(request, error)
+            return
+        assert logits is not None
+        for i, request in enumerate(rows):
+            try:
+                together.finish(i, ids[i : i + 1], logits[i : i + 1])
+                self._choose(request, logits[i : i + 1, -1])
+            except Exception as error:
+                self._fail(request, error)
+
+    def _choose(self, request: Request, logits: Tensor) -> None:
+        """Sample the next token from [1, V] and take it."""
+        assert request._sampler is not None
+        penalised = request.sampling.repetition_penalty != 1.0
+        ids = torch.tensor([request.prompt + request.tokens], device=logits.device) if penalised else logits
+        chosen = torch.where(
+            logits.isnan().any(-1), -1, request._sampler(ids, logits.nan_to_num(0.0, math.inf, -math.inf))
+        )
+        token = int(chosen)  # the one wait for the device
+        if token < 0:
+            raise NumericsError(f"the logits of request {request.number} are NaN after {len(request.tokens)} tokens; "
+                                "its prompt or the model's weights overflow (try --dtype float32)")  # fmt: skip
+        if request.first_token_seconds is None:
+            request.first_token_seconds = self._clock() - request._submitted
+        self._take(request, token)
+
+    def _take(self, request: Request, token: int) -> None:
+        text, piece = request._text, ""
+        if token in self._eos:
+            request._reason = "stop"
+        else:
+            request.tokens.append(token)
+            piece = text.push(token) if text else ""
+            if text and text.stopped:
+                request._reason = "stop"
+            elif len(request.tokens) == request.sampling.max_new_tokens:
+                request._reason = "length"
+        if request._reason is not None:
+            piece += text.end() if text else ""
+            request.status = Status.DONE
+        if piece:
+            request._fresh.append(piece)
+            if request.on_text is not None:
+                request.on_text(piece)
+
+    # ------------------------------------------------------------------ ends
+
+    def _cancel(self, request: Request) -> None:
+        request._cancelled = True
+        if self._lock.acquire(blocking=False):  # otherwise the step that is going on sweeps
+            try:
+                self._sweep()
+            finally:
+                self._lock.release()
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+            others = len([r for r in self.requests if r is not request])
+            failed = CapacityError(f"out of memory for request {request.number}: {_arithmetic(request.cost)}, beside "
+                                   f"{others} other requests; try again when they are done, or lower max_bytes, slots "
+                                   "or the budget")  # fmt: skip
+            failed.__cause__ = error.with_traceback(None)  # its frames would keep the tensors alive
+            error = failed
+        request.error, request.status = error, Status.FAILED
+
+    def _sweep(self) -> None:
+        """Take in what was submitted; free what finished requests hold."""
+        while self._inbox:
+            self.waiting.append(self._inbox.popleft())
+        for request in [*self.requests, *self.waiting]:
+            if request._cancelled and not request.finished:
+                request.status, request._reason = Status.CANCELLED, "cancelled"
+            if request.finished:
+                request._stats = self._stats(request)
+                request._reader = request._chunks = request._sampler = None
+        self.requests = [r for r in self.requests if not r.finished]
+        self.waiting = [r for r in self.waiting if not r.finished]
+
+    def _stats(self, request: Request) -> Stats:
+        if request._stats is not None:
+            return request._stats
+        cache = None if request._reader is None else request._reader.cache
+        return Stats(
+            prompt_tokens=len(request.prompt), new_tokens=len(request.tokens), method=self.llm.method.name,
+            budget=request.cost.plan.budget, kv_bytes=0 if cache is None else cache.nbytes,
+            peak_kv_bytes=0 if cache is None else cache.peak_bytes,
+            kv_bytes_full=full_cache_bytes(self.llm.backbone, len(request.prompt) + len(request.tokens)),
+            prefill_seconds=request._prefill_seconds, decode_seconds=request._decode_seconds,
+        )  # fmt: skip
+
+
+class _Rows:
+    """The `LayerContext` of a decode step of many sequences: matrices see all rows, attention each with its cache."""
+
+    def __init__(self, readers: list[Reader]) -> None:
+        self.readers = readers
+        self.passes = [
+            _ChunkPass(r, r.plan.decode_target, max(r.plan.num_stabilizers, r.plan.local_window), None, 1)
+            for r in readers
+        ]
+        self.wants_hidden = readers[0].method.wants_hidden
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+        out = torch.zeros_like(q)
+        for i, own in enumerate(self.passes):
+            row = slice(i, i + 1)
+            hidden = None if call.hidden is None else call.hidden[row]
+            out[row] = own.attend(layer, q[row], k[row], v[row], call._replace(hidden=hidden))
+        return out
+
+    def finish(self, i: int, ids: Tensor, logits: Tensor) -> None:
+        """What `Reader` does after a forward pass, for one row: ids [1, 1], logits [1, 1, V]."""
+        reader, own = self.readers[i], self.passes[i]
+        if reader.method.wants_surprisal:
+            own.score_tokens(surprisal(logits, ids, reader.last_logits))
+            reader.last_logits = logits[:, -1]
+        if not bool(own.finite):
+            raise NumericsError(f"method {reader.method.name!r} gave NaN or infinite scores at token "
+                                f"{reader.cache.seen}; the weights are broken, or the dtype overflows")  # fmt: skip
+        reader.cache.seen += 1
+
+
+def _chunks(reader: Reader, ids: Tensor, protected: Tensor | None) -> Iterator[Tensor | None]:
+    """`Reader.read`, a chunk at a time: None after each, the last token's logits [1, V] after the last.
+
+    A chunk that text follows is read with `more`; the one before the local window without; the window comes last.
+    """
+    total = ids.shape[1]
+    local = min(reader.plan.local_window, total)
+    edges = [*range(0, total - local, reader.cache.chunk_size), total - local]
+    for start, stop in itertools.pairwise(edges):
+        part = None if protected is None else protected[start:stop]
+        more = stop < total - local
+        logits = reader.read(ids[:, start:stop], local_window=0, more=more, protected=part)
+        yield logits if stop == total else None
+    if local:
+        part = None if protected is None else protected[total - local :]
+        yield reader.read(ids[:, total - local :], local_window=local, protected=part)
+
+
+def _needed(costs: list[Footprint]) -> int:
+    """Bytes of these together: slabs and rotation tables of each, workspace and scratch of one at a time."""
+    if not costs:
+        return 0
+    return sum(c.slabs + c.rope for c in costs) + max(c.workspace for c in costs) + max(c.scratch for c in costs)
+
+
+def _arithmetic(cost: Footprint) -> str:
+    return (f"slabs {cost.slabs:,} B + rotation tables {cost.rope:,} B + workspace {cost.workspace:,} B + scratch "
+            f"{cost.scratch:,} B = {_needed([cost]):,} B")  # fmt: skip
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    return int(torch.cuda.mem_get_info(device)[0] * 0.9) if device.type == "cuda" else None
