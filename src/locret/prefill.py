@@ -75,7 +75,7 @@ class Reader:
         if not method.evicts:
             plan = dataclasses.replace(plan, budget=None, num_sinks=0, num_stabilizers=0, local_window=0)
         method.check(plan)
-        if method.made_for not in (None, backbone.fingerprint()):
+        if method.made_for is not None and method.made_for != backbone.fingerprint():
             raise ConfigError(f"the files of method {method.name!r} were made for another model: {method.made_for}, "
                               f"this one is {backbone.fingerprint()}; make them on this model")  # fmt: skip
         total = None if prompt_len is None or new_tokens is None else prompt_len + new_tokens
