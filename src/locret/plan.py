@@ -253,7 +253,7 @@ def footprint(
         total if window is None and full else window - 1 if window is not None else min(budget, total)
         for window, budget in zip(shape.windows, reader.budgets, strict=True)
     )
-    edges = reader._edges(prompt_len, min(reader.plan.local_window, prompt_len))
+    edges = reader.edges(prompt_len, min(reader.plan.local_window, prompt_len))
     joined = max(_most_joined(held, edges, total) for held in set(units))
     numbers = 2 * shape.head_dim * dtype.itemsize
     each = shape.num_kv_heads * (

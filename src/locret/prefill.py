@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -128,34 +128,40 @@ class Reader:
             on_progress: called with (tokens done, tokens in all) after every chunk.
         Raises: NumericsError: scores that are NaN or infinite.
         """
+        logits = None
+        with self.backbone.seam():
+            for done, found in self.chunks(ids, local_window=local_window, more=more, protected=protected):
+                logits = found
+                if on_progress is not None:
+                    on_progress(done, ids.shape[1])
+        assert logits is not None
+        return logits
+
+    def chunks(
+        self, ids: Tensor, *, local_window: int | None = None, more: bool = False, protected: Tensor | None = None
+    ) -> Iterator[tuple[int, Tensor | None]]:
+        """`read`, a chunk at a time: yields the tokens read so far, and behind the last the logits [B, V]."""
         total = ids.shape[1]
         if total == 0:
             raise ConfigError("the prompt has no tokens; give at least one")
         local = min(self.plan.local_window if local_window is None else local_window, total)
-        edges = self._edges(total, local)
-        logits = None
-        with self.backbone.seam():
-            for start, stop in itertools.pairwise(edges):
-                last_chunk, is_local = stop == total - local, start >= total - local
-                newest = self.plan.num_stabilizers
-                if is_local and not more:
-                    newest = stop - (total - local)
-                elif last_chunk and not more:
-                    newest = 0
-                part = None if protected is None else protected[start:stop]
-                logits = self._forward(ids[:, start:stop], self.plan.budget, newest, part, logits=int(stop == total))
-                if on_progress is not None:
-                    on_progress(stop, total)
-        assert logits is not None
-        return logits[:, -1]
+        for start, stop in itertools.pairwise(self.edges(total, local)):
+            last_chunk, is_local = stop == total - local, start >= total - local
+            newest = self.plan.num_stabilizers
+            if is_local and not more:
+                newest = stop - (total - local)
+            elif last_chunk and not more:
+                newest = 0
+            part = None if protected is None else protected[start:stop]
+            logits = self._forward(ids[:, start:stop], self.plan.budget, newest, part, logits=int(stop == total))
+            yield stop, None if logits is None or stop < total else logits[:, -1]
 
     def step(self, tokens: Tensor) -> Tensor:
         """Decode: read one token a row, [B]; returns logits [B, V].
 
         When the budget is full, one eviction makes room for `decode_interval` steps; the newest units are pinned.
         """
-        newest = max(self.plan.num_stabilizers, self.plan.local_window)
-        logits = self._forward(tokens[:, None], self.plan.decode_target, newest, None, logits=1)
+        logits = self._run(ChunkPass.of_step(self), tokens[:, None], logits=1)
         assert logits is not None
         return logits[:, -1]
 
@@ -168,32 +174,24 @@ class Reader:
         parts = [self._forward(p, self.plan.budget, self.plan.num_stabilizers, None, logits=p.shape[1]) for p in pieces]
         return torch.cat([part for part in parts if part is not None], dim=1)
 
-    def _edges(self, total: int, local: int) -> list[int]:
+    def edges(self, total: int, local: int) -> list[int]:
+        """Where chunks of a prompt of `total` tokens begin and end; the last `local` tokens are chunks of their own."""
         size = self.cache.chunk_size
         return sorted({*range(0, total - local, size), *range(total - local, total, size), total})
 
     def _forward(
         self, ids: Tensor, target: int | None, newest: int, protected: Tensor | None, *, logits: int
     ) -> Tensor | None:
-        chunk = _ChunkPass(self, target, newest, protected, ids.shape[1])
-        late = self.method.wants_surprisal
-        out = self.backbone.run(ids, chunk, logits=ids.shape[1] if late else logits)
-        if late:
-            assert out is not None
-            chunk.score_tokens(surprisal(out, ids, self.last_logits))
-            self.last_logits = out[:, -1]
-        if not bool(chunk.finite):
-            raise NumericsError(
-                f"method {self.method.name!r} gave NaN or infinite scores between tokens {self.cache.seen} and "
-                f"{self.cache.seen + ids.shape[1]}; the heads or the model's weights are broken, or the dtype "
-                "overflows (try --dtype float32)"
-            )
-        self.cache.seen += ids.shape[1]
+        return self._run(ChunkPass(self, target, newest, protected, ids.shape[1]), ids, logits=logits)
+
+    def _run(self, chunk: ChunkPass, ids: Tensor, *, logits: int) -> Tensor | None:
+        out = self.backbone.run(ids, chunk, logits=ids.shape[1] if self.method.wants_surprisal else logits)
+        chunk.finish(ids, out)
         return out
 
 
-class _ChunkPass:
-    """The `LayerContext` of one chunk or one decode step."""
+class ChunkPass:
+    """The `LayerContext` of one chunk or one decode step; `finish` ends it when the model has run."""
 
     def __init__(self, reader: Reader, target: int | None, newest: int, protected: Tensor | None, chunk: int) -> None:
         self.reader, self.cache, self.plan = reader, reader.cache, reader.plan
@@ -241,6 +239,30 @@ class _ChunkPass:
             return own
         pad = torch.arange(len(units), device=padding.device) < padding[..., None]
         return (units.score.new_zeros(pad.shape) if own is None else own).masked_fill(pad, float("-inf"))
+
+    @classmethod
+    def of_step(cls, reader: Reader) -> ChunkPass:
+        """That of a decode step."""
+        plan = reader.plan
+        return cls(reader, plan.decode_target, max(plan.num_stabilizers, plan.local_window), None, 1)
+
+    def finish(self, ids: Tensor, logits: Tensor | None) -> None:
+        """After the forward pass over ids [B, C]: what needs its logits [B, C, V], and the count of tokens seen.
+
+        Raises: NumericsError: scores that are NaN or infinite.
+        """
+        reader, seen = self.reader, self.cache.seen
+        if reader.method.wants_surprisal:
+            assert logits is not None
+            self.score_tokens(surprisal(logits, ids, reader.last_logits))
+            reader.last_logits = logits[:, -1]
+        if not bool(self.finite):
+            raise NumericsError(
+                f"method {reader.method.name!r} gave NaN or infinite scores between tokens {seen} and "
+                f"{seen + ids.shape[1]}; the heads or the model's weights are broken, or the dtype overflows "
+                "(try --dtype float32)"
+            )
+        self.cache.seen += ids.shape[1]
 
     def score_tokens(self, nats: Tensor) -> None:
         """After the forward pass: score every layer's units by the surprisal of their tokens, and evict."""

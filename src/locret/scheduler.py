@@ -39,9 +39,8 @@ from locret.backbone import AttentionCall
 from locret.config import Sampling
 from locret.decode import Output, Stats, eos_ids, full_cache_bytes
 from locret.errors import CapacityError, ConfigError, NumericsError
-from locret.observe import surprisal
 from locret.plan import Footprint, Shape, footprint
-from locret.prefill import Reader, _ChunkPass
+from locret.prefill import ChunkPass, Reader
 from locret.sampling import Sampler, TextStream
 
 if TYPE_CHECKING:
@@ -87,7 +86,7 @@ class Request:
     _reason: str | None = None
     _reader: Reader | None = field(default=None, repr=False)
     _sampler: Sampler | None = field(default=None, repr=False)
-    _chunks: Iterator[Tensor | None] | None = field(default=None, repr=False)
+    _chunks: Iterator[tuple[int, Tensor | None]] | None = field(default=None, repr=False)
     _stats: Stats | None = field(default=None, repr=False)
     _left: int = 0  # prompt tokens not read yet
     _overtaken: int = 0
@@ -259,7 +258,7 @@ class Scheduler:
         self._share_workspace(reader)
         ids = torch.tensor([request.prompt], device=device)
         request._reader, request._sampler = reader, Sampler(request.sampling, 1, device)
-        request._chunks = _chunks(reader, ids, marked)
+        request._chunks = reader.chunks(ids, protected=marked)
         request.status = Status.PREFILL
         self.requests.append(request)
 
@@ -304,7 +303,7 @@ class Scheduler:
         assert request._reader is not None
         started, before = self._clock(), request._reader.cache.seen
         try:
-            logits = next(request._chunks)
+            _, logits = next(request._chunks)
             done = request._reader.cache.seen - before
             request._left -= done
             if logits is not None:
@@ -357,7 +356,7 @@ class Scheduler:
         assert logits is not None
         for i, request in enumerate(rows):
             try:
-                together.finish(i, ids[i : i + 1], logits[i : i + 1])
+                together.passes[i].finish(ids[i : i + 1], logits[i : i + 1])
                 self._choose(request, logits[i : i + 1, -1])
             except Exception as error:
                 self._fail(request, error)
@@ -448,10 +447,7 @@ class _Rows:
 
     def __init__(self, readers: list[Reader]) -> None:
         self.readers = readers
-        self.passes = [
-            _ChunkPass(r, r.plan.decode_target, max(r.plan.num_stabilizers, r.plan.local_window), None, 1)
-            for r in readers
-        ]
+        self.passes = [ChunkPass.of_step(reader) for reader in readers]
         self.wants_hidden = readers[0].method.wants_hidden
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
@@ -461,35 +457,6 @@ class _Rows:
             hidden = None if call.hidden is None else call.hidden[row]
             out[row] = own.attend(layer, q[row], k[row], v[row], call._replace(hidden=hidden))
         return out
-
-    def finish(self, i: int, ids: Tensor, logits: Tensor) -> None:
-        """What `Reader` does after a forward pass, for one row: ids [1, 1], logits [1, 1, V]."""
-        reader, own = self.readers[i], self.passes[i]
-        if reader.method.wants_surprisal:
-            own.score_tokens(surprisal(logits, ids, reader.last_logits))
-            reader.last_logits = logits[:, -1]
-        if not bool(own.finite):
-            raise NumericsError(f"method {reader.method.name!r} gave NaN or infinite scores at token "
-                                f"{reader.cache.seen}; the weights are broken, or the dtype overflows")  # fmt: skip
-        reader.cache.seen += 1
-
-
-def _chunks(reader: Reader, ids: Tensor, protected: Tensor | None) -> Iterator[Tensor | None]:
-    """`Reader.read`, a chunk at a time: None after each, the last token's logits [1, V] after the last.
-
-    A chunk that text follows is read with `more`; the one before the local window without; the window comes last.
-    """
-    total = ids.shape[1]
-    local = min(reader.plan.local_window, total)
-    edges = [*range(0, total - local, reader.cache.chunk_size), total - local]
-    for start, stop in itertools.pairwise(edges):
-        part = None if protected is None else protected[start:stop]
-        more = stop < total - local
-        logits = reader.read(ids[:, start:stop], local_window=0, more=more, protected=part)
-        yield logits if stop == total else None
-    if local:
-        part = None if protected is None else protected[total - local :]
-        yield reader.read(ids[:, total - local :], local_window=local, protected=part)
 
 
 def _needed(costs: list[Footprint]) -> int:
