@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import tomllib
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
@@ -215,3 +216,15 @@ def _units(
 def _check(name: str, value: float, good: bool, allowed: str) -> None:
     if not good:
         raise ConfigError(f"{name} is {value}; it must be {allowed}")
+
+
+def toml_value(text: str) -> Any:
+    """A value as TOML writes it; what is no TOML value is text.
+
+    >>> toml_value("64"), toml_value("[1, 2]"), toml_value("max")
+    (64, [1, 2], 'max')
+    """
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

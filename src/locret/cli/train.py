@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +14,7 @@ from typer import Option
 from locret.cli.options import OutputOptions, with_options
 from locret.cli.output import emit, note, progress, say
 from locret.cli.session import quiet_transformers
+from locret.config import toml_value
 from locret.errors import ConfigError, unknown
 
 if TYPE_CHECKING:
@@ -173,10 +173,7 @@ def _further(pairs: list[str]) -> dict[str, Any]:
         name, equals, text = pair.partition("=")
         if not equals:
             raise ConfigError(f"--set {pair!r}: write NAME=VALUE, for example --set warmup_steps=300")
-        try:
-            found[name.strip()] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            found[name.strip()] = text
+        found[name.strip()] = toml_value(text)
     return found
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from locret.config import CacheConfig, parse_budget, strict
+from locret.config import CacheConfig, parse_budget, strict, toml_value
 from locret.errors import ConfigError, unknown
 from locret.methods import list_methods
 
@@ -200,10 +200,7 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
         key, equals, value = item.partition("=")
         if not equals:
             raise ConfigError(f"method {text!r}: options are written name:option=value:option=value")
-        try:
-            options[key.strip()] = tomllib.loads(f"v = {value}")["v"]
-        except tomllib.TOMLDecodeError:
-            options[key.strip()] = value.strip()
+        options[key.strip()] = toml_value(value.strip())
     return name, options
 
 
