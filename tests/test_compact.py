@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from triton_programs import compile_only, interpret
 
 from locret.cache import KVCache, Packed, Units
 from locret.errors import ConfigError
@@ -197,21 +194,9 @@ print(json.dumps(out))
 """
 
 
-def in_interpreter(program: str) -> dict:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed (pip install triton; no GPU needed)")
-    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
-    result = subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
-        capture_output=True, text=True, timeout=250, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
 def interpreted():
-    return in_interpreter(INTERPRETED)
+    return interpret(INTERPRETED)
 
 
 @pytest.mark.triton_interpret
@@ -247,14 +232,7 @@ for place in (True, False):
 @pytest.mark.triton_interpret
 def test_the_kernels_compile_for_a_gpu_that_is_not_here(tmp_path):
     """Within a multiprocessor's memory; in place there is a barrier between loads and stores."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed (pip install triton; no GPU needed)")
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_CACHE_DIR": str(tmp_path)}
-    result = subprocess.run(
-        [sys.executable, "-c", COMPILED], env=env, capture_output=True, text=True, timeout=250, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    lines = [[int(word) for word in line.split()] for line in result.stdout.splitlines()]
+    lines = [[int(word) for word in line] for line in compile_only(COMPILED, tmp_path)]
     assert len(lines) == 4
     assert all(shared <= 99 * 1024 for shared, _ in lines)
     assert lines[2][1] >= lines[3][1] + 5, "a barrier a column"

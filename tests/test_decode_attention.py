@@ -5,14 +5,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
-from test_compact import in_interpreter
+from triton_programs import compile_only, interpret
 
 from locret.cache import KVCache, Units
 from locret.kernels.attention import prefix_causal_attention, reference_attention
@@ -275,7 +272,7 @@ print(json.dumps(out))
 
 @pytest.fixture(scope="module")
 def interpreted():
-    return in_interpreter(INTERPRETED)
+    return interpret(INTERPRETED)
 
 
 @pytest.mark.triton_interpret
@@ -331,14 +328,7 @@ build(_merge, types, dict(ROWS=4, DIM=128, BLOCK_D=128, BLOCK_S=16), 90)
 @pytest.mark.triton_interpret
 def test_the_kernel_compiles_for_gpus_that_are_not_here(tmp_path):
     """For Ampere and Hopper, within the memory of a consumer card's multiprocessor, 16-bit types on tensor cores."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed (pip install triton; no GPU needed)")
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_CACHE_DIR": str(tmp_path)}
-    result = subprocess.run(
-        [sys.executable, "-c", COMPILED], env=env, capture_output=True, text=True, timeout=250, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    lines = [line.split() for line in result.stdout.splitlines()]
+    lines = compile_only(COMPILED, tmp_path)
     assert len(lines) == 9
     assert all(int(shared) <= 99 * 1024 for shared, _ in lines)
     assert [cores for _, cores in lines] == ["True"] * 7 + ["False"] * 2

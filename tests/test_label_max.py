@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from triton_programs import compile_only, interpret
 
 from locret.kernels.label_max import kernel_works, label_max
 
@@ -66,17 +65,9 @@ def naive(q, k, scale):
 @pytest.fixture(scope="module")
 def interpreted():
     """Errors of the interpreted kernel by shape and dtype."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed (pip install triton; no GPU needed)")
     cases = [(shape, dtype) for shape in SHAPES for dtype in DTYPES]
-    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
-    result = subprocess.run(
-        [sys.executable, "-c", INTERPRETED, json.dumps(cases)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
-        capture_output=True, text=True, timeout=250, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    return dict(zip([(tuple(shape), dtype) for shape, dtype in cases], json.loads(result.stdout.splitlines()[-1])))
+    errors = interpret(INTERPRETED, json.dumps(cases))
+    return dict(zip([(tuple(shape), dtype) for shape, dtype in cases], errors))
 
 
 @pytest.mark.triton_interpret
@@ -112,14 +103,7 @@ for capability, dtype, size, dim, group in ((80, "bf16", 2, 256, 2), (90, "bf16"
 @pytest.mark.triton_interpret
 def test_the_kernel_compiles_for_gpus_that_are_not_here(tmp_path):
     """For Ampere and Hopper, within the memory of a consumer card's multiprocessor, 16-bit types on tensor cores."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed (pip install triton; no GPU needed)")
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_CACHE_DIR": str(tmp_path)}
-    result = subprocess.run(
-        [sys.executable, "-c", COMPILED], env=env, capture_output=True, text=True, timeout=250, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    lines = [line.split() for line in result.stdout.splitlines()]
+    lines = compile_only(COMPILED, tmp_path)
     assert len(lines) == 3
     for dtype, shared, cores in lines:
         assert int(shared) <= 99 * 1024
