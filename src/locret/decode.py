@@ -88,21 +88,24 @@ class Decoder:
     def pieces(self) -> Iterator[list[str]]:
         """Run; yields every row's new text after each step."""
         started = time.perf_counter()
-        with self._reader.backbone.seam():
-            logits = self._prefill()
-            self._prompt_tokens = self._reader.cache.seen
-            tokens = self._sampler(self._ids, logits)
-            chosen = tokens.tolist()  # waits for the device, so the clock below is honest
-            self._prefill_seconds = time.perf_counter() - started
-            started = time.perf_counter()
-            yield self._take(chosen)
-            while None in self._reasons:
-                if self._sampling.repetition_penalty != 1.0:
-                    self._ids = torch.cat((self._ids, tokens[:, None].to(self._ids.device)), 1)
-                tokens = self._sampler(self._ids, self._reader.step(tokens))
-                chosen = tokens.tolist()
-                self._decode_seconds = time.perf_counter() - started
+        try:
+            with self._reader.backbone.seam():
+                logits = self._prefill()
+                self._prompt_tokens = self._reader.cache.seen
+                tokens = self._sampler(self._ids, logits)
+                chosen = tokens.tolist()  # waits for the device, so the clock below is honest
+                self._prefill_seconds = time.perf_counter() - started
+                started = time.perf_counter()
                 yield self._take(chosen)
+                while None in self._reasons:
+                    if self._sampling.repetition_penalty != 1.0:
+                        self._ids = torch.cat((self._ids, tokens[:, None].to(self._ids.device)), 1)
+                    tokens = self._sampler(self._ids, self._reader.step(tokens))
+                    chosen = tokens.tolist()
+                    self._decode_seconds = time.perf_counter() - started
+                    yield self._take(chosen)
+        finally:
+            self._reader.settle()
         yield self._finish()
 
     def outputs(self) -> list[Output]:

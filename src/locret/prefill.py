@@ -29,6 +29,7 @@ from locret.backbone import AttentionCall, Backbone, Rope, model_length
 from locret.cache import KVCache, LayerCache, Units, unit_bytes
 from locret.config import CacheConfig, CachePlan
 from locret.errors import ConfigError, NumericsError
+from locret.graph import MOST_STASHED, StepGraph
 from locret.kernels.attention import prefix_causal_attention
 from locret.methods.base import BIAS, ChunkView, Joined, Method
 from locret.observe import AttentionProbe, surprisal
@@ -49,6 +50,7 @@ class Reader:
     num_protected: int = 0
     budgets: list[int] = field(default_factory=list)  # per layer; layers with a window do not read theirs
     last_logits: Tensor | None = None  # [B, V], for methods that want surprisal
+    _graph: StepGraph | bool | None = field(default=None, init=False, repr=False)  # False: its steps are not all alike
 
     @classmethod
     def start(
@@ -113,6 +115,7 @@ class Reader:
 
     def copy(self) -> Reader:
         """An independent copy; the rotation tables are shared, they only grow."""
+        self.settle()
         return dataclasses.replace(self, cache=self.cache.copy())
 
     def read(
@@ -159,11 +162,29 @@ class Reader:
     def step(self, tokens: Tensor) -> Tensor:
         """Decode: read one token a row, [B]; returns logits [B, V].
 
-        When the budget is full, one eviction makes room for `decode_interval` steps; the newest units are pinned.
+        When the budget is full, one eviction makes room for `decode_interval` steps; the newest units are pinned. On a
+        GPU steps in between are replayed from a graph: call `settle` before reading the cache.
         """
+        graph = self._step_graph()
+        if graph is not None and graph.room():
+            return graph.step(tokens)
         logits = self._run(ChunkPass.of_step(self), tokens[:, None], logits=1)
         assert logits is not None
         return logits[:, -1]
+
+    def settle(self) -> None:
+        """Make the cache whole after `step`s: scores and positions of the units that they added.
+
+        Raises: NumericsError: scores that are NaN or infinite.
+        """
+        if isinstance(self._graph, StepGraph) and not self._graph.flush():
+            raise _not_finite(self.method, self.cache.seen - MOST_STASHED, self.cache.seen)
+
+    def _step_graph(self) -> StepGraph | None:
+        if self._graph is None:
+            on_gpu = self.backbone.device.type == "cuda"
+            self._graph = (StepGraph.of(self, capture=True) if on_gpu else None) or False
+        return self._graph if isinstance(self._graph, StepGraph) else None
 
     def follow(self, ids: Tensor) -> Tensor:
         """Read a known text [B, T] behind what was read before; returns the logits after every token, [B, T, V].
@@ -185,6 +206,7 @@ class Reader:
         return self._run(ChunkPass(self, target, newest, protected, ids.shape[1]), ids, logits=logits)
 
     def _run(self, chunk: ChunkPass, ids: Tensor, *, logits: int) -> Tensor | None:
+        self.settle()
         out = self.backbone.run(ids, chunk, logits=ids.shape[1] if self.method.wants_surprisal else logits)
         chunk.finish(ids, out)
         return out
@@ -257,11 +279,7 @@ class ChunkPass:
             self.score_tokens(surprisal(logits, ids, reader.last_logits))
             reader.last_logits = logits[:, -1]
         if not bool(self.finite):
-            raise NumericsError(
-                f"method {reader.method.name!r} gave NaN or infinite scores between tokens {seen} and "
-                f"{seen + ids.shape[1]}; the heads or the model's weights are broken, or the dtype overflows "
-                "(try --dtype float32)"
-            )
+            raise _not_finite(reader.method, seen, seen + ids.shape[1])
         self.cache.seen += ids.shape[1]
 
     def score_tokens(self, nats: Tensor) -> None:
@@ -350,6 +368,11 @@ class ChunkPass:
             units.state[..., method.state.index(BIAS)] = merged.bias
         held.keep(keep)
         return merged.k.nbytes + merged.v.nbytes
+
+
+def _not_finite(method: Method, first: int, last: int) -> NumericsError:
+    return NumericsError(f"method {method.name!r} gave NaN or infinite scores between tokens {max(0, first)} and {last}; "
+                         "the heads or the model's weights are broken, or the dtype overflows (try --dtype float32)")  # fmt: skip
 
 
 def _layer_budgets(method: Method, plan: CachePlan, windows: list[int | None], num_protected: int) -> list[int]:

@@ -183,11 +183,56 @@ def gated_triton(
     return out
 
 
+@triton.jit
+def _rms_norm(x_ptr, x_m, x_h, weight_ptr, out_ptr, heads, e, eps, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK)
+    real = k < e
+    x = tl.load(x_ptr + row // heads * x_m + row % heads * x_h + k, mask=real, other=0.0).to(tl.float32)
+    factor = tl.rsqrt(tl.sum(x * x, 0) / e + eps)
+    weight = tl.load(weight_ptr + k, mask=real, other=0.0)
+    kind: tl.constexpr = out_ptr.dtype.element_ty
+    tl.store(out_ptr + row * e + k, weight * (x * factor).to(kind), mask=real)  # rounds where transformers does
+
+
+def rms_norm_triton(x: Tensor, norm: Norm) -> Tensor:
+    """`rms_norm` of x [..., H, E] whose outer dimensions lie evenly in memory; the result is contiguous."""
+    e = x.shape[-1]
+    heads = x.shape[-2] if x.dim() > 2 else 1
+    flat = x.flatten(0, -3) if x.dim() > 3 else x
+    if flat.stride(-1) != 1 or (x.dim() > 3 and flat.data_ptr() != x.data_ptr()):
+        flat = flat.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    block = triton.next_power_of_2(e)
+    _rms_norm[(x.numel() // e,)](
+        flat, flat.stride(0), flat.stride(-2) if x.dim() > 2 else 0, norm.weight, out, heads, e, norm.eps,
+        BLOCK=block, num_warps=min(8, max(1, block // 512)),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _silu_mul(gate_ptr, up_ptr, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(gate_ptr + at, mask=at < count, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + at, mask=at < count, other=0.0)
+    kind: tl.constexpr = gate_ptr.dtype.element_ty
+    tl.store(gate_ptr + at, (gate * tl.sigmoid(gate)).to(kind) * up, mask=at < count)
+
+
+def silu_mul_triton(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu_mul`, over `gate`; both contiguous."""
+    assert gate.is_contiguous(), "written in place"
+    _silu_mul[(triton.cdiv(gate.numel(), 4096),)](gate, up.contiguous(), gate.numel(), BLOCK=4096, num_warps=8)
+    return gate
+
+
 def default_tile(m: int, outputs: int, inputs: int, *, two: bool) -> Tile:
-    """Many loads in flight in every program, and at least two programs a multiprocessor where the matrix is large."""
+    """Long rows and few outputs a program: what was fastest on an H200 at Llama-3.1-8B's shapes (docs/kernels.md)."""
     if m == 1:
-        return Tile(n=8 if two else 16, k=min(512, triton.next_power_of_2(inputs)))
-    return Tile(n=16 if two else 32, k=min(128, max(16, triton.next_power_of_2(inputs))), stages=4)
+        wide = min(1024, triton.next_power_of_2(inputs))
+        return Tile(n=4 if two or outputs > 5000 else 8, k=wide, stages=1)
+    return Tile(n=32, k=min(256, max(16, triton.next_power_of_2(inputs))))
 
 
 def _constants(x: Tensor, norm: Norm | None, tile: Tile) -> dict[str, int | bool]:

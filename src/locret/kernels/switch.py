@@ -14,7 +14,7 @@ from torch import Tensor
 
 from locret.errors import ConfigError, unknown
 
-KERNELS = ("compact", "decode_attention", "linear")
+KERNELS = ("append", "compact", "decode_attention", "linear")
 VARIABLE = "LOCRET_TRITON"
 
 
