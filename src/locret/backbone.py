@@ -35,6 +35,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from locret.errors import BackboneError, ConfigError, unknown
 from locret.fused import FusedModel, recognise
 from locret.kernels.decode_attention import Angles, angles_of
+from locret.kernels.rotate import rotate
 
 ATTENTION_NAME = "locret"
 EMBEDDED = Path(__file__).parent / "models" / "embedded"
@@ -114,8 +115,19 @@ class Rope:
             self._kinds[spec.rope_type] = angles_of(self._apply, *self._tables[spec.rope_type], self._head_dim)
         return self._kinds[spec.rope_type]
 
-    def rotate(self, layer: int, x: Tensor, positions: Tensor) -> Tensor:
+    def run(self, layer: int, x: Tensor, first: int, out: Tensor | None = None) -> Tensor:
+        """RoPE at positions first, first + 1, ... x [B, H, T, D], laid out as it is or into `out`."""
+        angles = self.angles(layer) if x.is_cuda else None  # on a CPU the family's function is as fast
+        if angles is None:
+            return self.rotate(layer, x, torch.arange(first, first + x.shape[2], device=x.device), out)
+        return rotate(x, angles, first, torch.empty_like(x) if out is None else out)
+
+    def rotate(self, layer: int, x: Tensor, positions: Tensor, out: Tensor | None = None) -> Tensor:
         """RoPE by the family's own function. x [B, H, T, D]; positions [T], [B, T] or [B, H, T], int64."""
+        turned = self._rotate(layer, x, positions)
+        return turned if out is None else out.copy_(turned)
+
+    def _rotate(self, layer: int, x: Tensor, positions: Tensor) -> Tensor:
         spec = self._layers[layer]
         if not spec.rotated:
             return x

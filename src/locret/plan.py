@@ -256,6 +256,7 @@ def footprint(
     edges = reader.edges(prompt_len, min(reader.plan.local_window, prompt_len))
     joined = max(_most_joined(held, edges, total) for held in set(units))
     numbers = 2 * shape.head_dim * dtype.itemsize
+    beside = 0 if reader.cache.joins else _moved(units, edges, total) * shape.num_kv_heads * numbers // 2
     each = shape.num_kv_heads * (
         shape.head_dim * dtype.itemsize  # rotated keys
         + (numbers + _unit(shape, method, dtype, config.storage) if config.storage != "dense" else 0)
@@ -263,7 +264,8 @@ def footprint(
     )
     reach = max(units) + reader.cache.chunk_size + 1 if reader.plan.positions == "compact" else total + 1
     return Footprint(
-        plan=reader.plan, slabs=reader.cache.nbytes, workspace=reader.cache.workspace_bytes, scratch=joined * each,
+        plan=reader.plan, slabs=reader.cache.nbytes, workspace=reader.cache.workspace_bytes,
+        scratch=max(joined * each, beside),
         rope=2 * reach * shape.head_dim * dtype.itemsize, units=units,
         chunks=tuple(stop - start for start, stop in itertools.pairwise(edges)),
     )  # fmt: skip
@@ -276,7 +278,7 @@ def _allocate(
     """The engine's own allocation, on a device that has no memory."""
     stand_in: Any = SimpleNamespace(
         layers=[LayerSpec(True, window, None) for window in shape.windows], num_kv_heads=shape.num_kv_heads,
-        num_q_heads=shape.num_q_heads, num_layers=shape.num_layers, head_dim=shape.head_dim, dtype=dtype,
+        num_q_heads=shape.num_q_heads, num_layers=shape.num_layers, head_dim=shape.head_dim, dtype=dtype, calls=[],
         device=torch.device("meta"), rope=lambda length, prompt_len: None,
         model=SimpleNamespace(config=SimpleNamespace(max_position_embeddings=shape.max_length)),
     )  # fmt: skip
@@ -294,6 +296,16 @@ def _most_joined(capacity: int, edges: list[int], total: int) -> int:
     """Units and chunk, at the moment when a layer has most of them."""
     prefill = max(min(start, capacity) + stop - start for start, stop in itertools.pairwise(edges))
     return max(prefill, min(total - 1, capacity + 1))
+
+
+def _moved(capacities: tuple[int, ...], edges: list[int], total: int) -> int:
+    """Units that lie in scratch when a layer moves those that stay: all there are, and the ones that stay."""
+    found = [0]
+    for capacity in set(capacities):
+        joined = [min(start, capacity) + stop - start for start, stop in itertools.pairwise(edges)]
+        joined.append(min(total - 1, capacity) + 1)
+        found += [count + capacity for count in joined if count > capacity]
+    return max(found)
 
 
 @dataclass(frozen=True)
