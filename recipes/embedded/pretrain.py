@@ -43,7 +43,7 @@ from locret.files import atomic_write
 
 HERE = Path(__file__).resolve().parent
 ANSWER_WEIGHT = 1.0  # tokens that weigh more than natural text are answers
-STAGE_RESERVE, END_RESERVE = 5.0, 10.0  # seconds that --fit keeps for a stage's validation, and for saving and packing
+STAGE_RESERVE, END_RESERVE = 8.0, 8.0  # seconds that --fit keeps for validating and saving in a stage, and for packing
 
 
 class Staging:
