@@ -7,8 +7,21 @@ from conftest import FAMILIES, build_tiny_model
 from locret.backbone import Backbone
 from locret.fused import _Blend, recognise
 
-FUSED = {"llama", "llama-plain", "llama-dynamic", "mistral", "mistral-window", "qwen2", "qwen3", "phi3", "phi3-longrope",
-         "granite", "glm", "yarn", "smollm3"}  # granite's multipliers are 1 in the tiny model
+FUSED = {
+    "llama",
+    "llama-plain",
+    "llama-dynamic",
+    "mistral",
+    "mistral-window",
+    "qwen2",
+    "qwen3",
+    "phi3",
+    "phi3-longrope",
+    "granite",
+    "glm",
+    "yarn",
+    "smollm3",
+}  # granite's multipliers are 1 in the tiny model
 
 
 @pytest.mark.parametrize("family", FAMILIES)

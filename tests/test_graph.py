@@ -19,7 +19,11 @@ FAMILIES = ["llama", "qwen2", "qwen3", "phi3", "phi3-longrope", "gemma", "glm", 
 
 
 def method_of(name, backbone):
-    heads = RetainingHeads(HeadsConfig.of(backbone), generator=torch.Generator().manual_seed(1)) if name == "locret" else None
+    heads = (
+        RetainingHeads(HeadsConfig.of(backbone), generator=torch.Generator().manual_seed(1))
+        if name == "locret"
+        else None
+    )
     if heads is not None:
         heads = heads.to(backbone.device, backbone.dtype)
     return get_method(name, heads=heads)
@@ -112,10 +116,13 @@ def test_nan_scores_are_reported_when_the_cache_is_made_whole():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["locret", "full"])
-def test_a_captured_graph_equals_ordinary_steps(name):
-    model = build_tiny_model("llama", head_dim=64).to("cuda", torch.bfloat16)
+@pytest.mark.parametrize(("name", "dtype"), [("locret", torch.float32), ("full", torch.bfloat16)])
+def test_a_captured_graph_equals_ordinary_steps(name, dtype):
+    """In bf16 scores of near ties differ by rounding, and other units stay: there only what evicts nothing compares."""
+    model = build_tiny_model("llama", head_dim=64).to("cuda", dtype)
     backbone = Backbone(model)
     assert backbone.fused is not None
     config = CacheConfig(budget=30, chunk_size=16, num_stabilizers=4, local_window=4, decode_interval=6)
-    compare(backbone, name, config, words(2, 97, "cuda"), 57, capture=True, rtol=5e-2)
+    compare(
+        backbone, name, config, words(2, 97, "cuda"), 57, capture=True, rtol=1e-3 if dtype == torch.float32 else 1e-1
+    )

@@ -420,7 +420,13 @@ def probe(backbone: Backbone) -> _Found:
         kind = _rope_type(backbone, i)
         rotated = _is_rotated(backbone, i, neutral, real, apply_rope, positions, kind)
         layers.append(LayerSpec(rotated, _window(backbone, neutral.modules[i], neutral.calls[i], i), kind))
-    return _Found(layers, [neutral.calls[i] for i in range(wanted)], apply_rope, shapes.pop(), [neutral.modules[i] for i in range(wanted)])
+    return _Found(
+        layers,
+        [neutral.calls[i] for i in range(wanted)],
+        apply_rope,
+        shapes.pop(),
+        [neutral.modules[i] for i in range(wanted)],
+    )
 
 
 def _family_apply_rope(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:

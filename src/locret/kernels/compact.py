@@ -92,9 +92,9 @@ def compact_scratch(columns: list[Column], keep: int) -> int:
         return 0
 
     def bytes_of(column: Column) -> int:
-        old, new, _ = column
+        old, new, out = column
         both = 0 if new is None else old.shape[2] + new.shape[2]
-        return (both + keep) * old[:, :, :1].numel() * old.element_size()
+        return (both + keep) * out[:, :, :1].numel() * out.element_size()
 
     return max(bytes_of(column) for column in columns)
 

@@ -190,9 +190,10 @@ def _rms_norm(x_ptr, x_m, x_h, weight_ptr, out_ptr, heads, e, eps, BLOCK: tl.con
     real = k < e
     x = tl.load(x_ptr + row // heads * x_m + row % heads * x_h + k, mask=real, other=0.0).to(tl.float32)
     factor = tl.rsqrt(tl.sum(x * x, 0) / e + eps)
-    weight = tl.load(weight_ptr + k, mask=real, other=0.0)
+    weight = tl.load(weight_ptr + k, mask=real, other=0.0).to(tl.float32)
     kind: tl.constexpr = out_ptr.dtype.element_ty
-    tl.store(out_ptr + row * e + k, weight * (x * factor).to(kind), mask=real)  # rounds where transformers does
+    rounded = (x * factor).to(kind).to(tl.float32)  # where transformers rounds
+    tl.store(out_ptr + row * e + k, (weight * rounded).to(kind), mask=real)
 
 
 def rms_norm_triton(x: Tensor, norm: Norm) -> Tensor:
@@ -215,9 +216,10 @@ def rms_norm_triton(x: Tensor, norm: Norm) -> Tensor:
 def _silu_mul(gate_ptr, up_ptr, count, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(gate_ptr + at, mask=at < count, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + at, mask=at < count, other=0.0)
+    up = tl.load(up_ptr + at, mask=at < count, other=0.0).to(tl.float32)
     kind: tl.constexpr = gate_ptr.dtype.element_ty
-    tl.store(gate_ptr + at, (gate * tl.sigmoid(gate)).to(kind) * up, mask=at < count)
+    rounded = (gate * tl.sigmoid(gate)).to(kind).to(tl.float32)  # where transformers rounds
+    tl.store(gate_ptr + at, (rounded * up).to(kind), mask=at < count)
 
 
 def silu_mul_triton(gate: Tensor, up: Tensor) -> Tensor:
