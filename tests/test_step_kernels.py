@@ -165,7 +165,8 @@ def build(kernel, types, fixed):
     print(made.metadata.shared)
 three = lambda kind: (kind,) * 3
 common = dict(x_ptr="*bf16", x_m="i32", norm_ptr="*bf16", out_ptr="*bf16", out_m="i32", m="i32", e="i32", eps="fp32")
-project = common | dict(weights=three("*bf16"), strides=three("i32"), biases=three("*bf16"), residual_ptr="*bf16", residual_m="i32")
+project = common | dict(weights=three("*bf16"), strides=three("i32"), biases=three("*bf16"))
+project |= dict(residual_ptr="*bf16", residual_m="i32")
 gated = common | dict(gate_ptr="*bf16", gate_n="i32", up_ptr="*bf16", up_n="i32", outputs="i32")
 for rows in (1, 16):
     fixed = dict(ROWS=rows, NORM=True, BLOCK_N=16, BLOCK_K=256, UPCAST=False)

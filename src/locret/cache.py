@@ -458,8 +458,8 @@ class KVCache:
                 self.layers.append(RaggedLayer(self._new(num_kv_heads * units, heads=1), lengths=lengths))
             else:
                 self.layers.append(LayerCache(self._new(units + spare if window is None else window - 1), window))
-        fixed = [len(layer.slab) for layer in self.layers
-                 if layer.window is not None or (capacity is not None and joins and not ragged and not spare)]  # fmt: skip
+        joins = joins and capacity is not None and not ragged and not spare
+        fixed = [len(layer.slab) for layer in self.layers if layer.window is not None or joins]
         self.workspace = self._dense(max(fixed) + chunk_size) if fixed and self.codec is None else None
         self.peak_bytes = self.nbytes + self.workspace_bytes
 

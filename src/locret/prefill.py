@@ -428,8 +428,10 @@ def _joins(backbone: Backbone, method: Method) -> bool:
 
 
 def _not_finite(method: Method, first: int, last: int) -> NumericsError:
-    return NumericsError(f"method {method.name!r} gave NaN or infinite scores between tokens {max(0, first)} and {last}; "
-                         "the heads or the model's weights are broken, or the dtype overflows (try --dtype float32)")  # fmt: skip
+    return NumericsError(
+        f"method {method.name!r} gave NaN or infinite scores between tokens {max(0, first)} and {last}; the heads or the "
+        "model's weights are broken, or the dtype overflows (try --dtype float32)"
+    )
 
 
 def _layer_budgets(method: Method, plan: CachePlan, windows: list[int | None], num_protected: int) -> list[int]:
