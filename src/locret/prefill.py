@@ -429,8 +429,8 @@ def _joins(backbone: Backbone, method: Method) -> bool:
 
 def _not_finite(method: Method, first: int, last: int) -> NumericsError:
     return NumericsError(
-        f"method {method.name!r} gave NaN or infinite scores between tokens {max(0, first)} and {last}; the heads or the "
-        "model's weights are broken, or the dtype overflows (try --dtype float32)"
+        f"method {method.name!r} gave NaN or infinite scores between tokens {max(0, first)} and {last}; the heads or "
+        "the model's weights are broken, or the dtype overflows (try --dtype float32)"
     )
 
 
