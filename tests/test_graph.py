@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import build_tiny_model
 
+import locret
 from locret.backbone import Backbone
 from locret.config import CacheConfig
 from locret.graph import StepGraph
@@ -126,3 +127,59 @@ def test_a_captured_graph_equals_ordinary_steps(name, dtype):
     compare(
         backbone, name, config, words(2, 97, "cuda"), 57, capture=True, rtol=1e-3 if dtype == torch.float32 else 1e-1
     )
+
+
+# ---------------------------------------------------------------------- the decode loop
+
+
+@pytest.fixture
+def graphs_everywhere(monkeypatch):
+    """Readers replay on the CPU too, kernel by kernel."""
+
+    def step_graph(reader):
+        if reader._graph is None:
+            reader._graph = StepGraph.of(reader, capture=False) or False
+        return reader._graph or None
+
+    return lambda: monkeypatch.setattr(Reader, "_step_graph", step_graph)
+
+
+def conversation(folder, **sampling):
+    """Texts of two turns, a question beside them and a forked one, and what the cache holds in the end."""
+    llm = locret.load(
+        folder, method="knorm", budget=60, chunk_size=32, num_stabilizers=8, local_window=8, decode_interval=7
+    )
+    context = llm.compress("a story of 1234 words about the sea and the wind " * 4)
+    outputs = [context.ask("who?", max_new_tokens=9, **sampling), context.chat("what?", max_new_tokens=30, **sampling)]
+    twin = context.fork()
+    outputs += [
+        context.chat("where to?", max_new_tokens=25, **sampling),
+        twin.chat("when?", max_new_tokens=1, **sampling),
+    ]
+    outputs += llm.generate([list(range(9, 60)), list(range(60, 111))], max_new_tokens=40, **sampling)
+    return [o.tokens for o in outputs], [p.tolist() for p in context.kept()], context.seen
+
+
+@pytest.mark.parametrize(
+    "sampling", [{}, {"temperature": 0.8, "seed": 3, "repetition_penalty": 1.3}, {"stop": ["e", "a"]}]
+)
+def test_conversations_are_the_same_with_replayed_steps(tiny_folder, graphs_everywhere, sampling):
+    """The host runs one step behind; what was read too many is taken back before the next turn."""
+    want = conversation(tiny_folder("llama"), **sampling)
+    graphs_everywhere()
+    assert conversation(tiny_folder("llama"), **sampling) == want
+
+
+def test_a_stream_that_is_left_early_leaves_a_whole_cache(tiny_folder, graphs_everywhere):
+    graphs_everywhere()
+    llm = locret.load(tiny_folder("llama"), method="knorm", budget=60, chunk_size=32, num_stabilizers=8, local_window=8)
+    context = llm.compress("a story about the sea and the wind " * 4)
+    seen = context.seen
+    stream = context.reply("who?", max_new_tokens=20)
+    for _ in stream:
+        break
+    stream.close()
+    got = len(stream.output.tokens)
+    asked = len(context.ids) - seen - (got - 1)
+    assert context.seen == seen + asked + got - 1  # the last token is chosen, but not read
+    assert all(positions.max() == context.seen - 1 for positions in context.kept())

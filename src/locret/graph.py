@@ -102,6 +102,15 @@ class StepGraph:
         assert self._logits is not None
         return self._logits.clone()  # the next replay writes over it
 
+    def undo(self) -> None:
+        """Take back the last step, if nothing was flushed since: the units that it added are forgotten."""
+        assert self._pending, "a step that was flushed stays"
+        self._pending -= 1
+        self._stale = True
+        for held in self._reader.cache.layers:
+            held.held -= 1
+        self._reader.cache.seen -= 1
+
     def flush(self) -> bool:
         """Write what the steps left out. Returns whether all scores are finite; waits for the device."""
         self._stale = True
@@ -148,7 +157,7 @@ class StepGraph:
         for index, held in enumerate(layers):
             self._at[index].fill_(held.held)
         self._stop.copy_(self._at + 1)
-        self._slot.zero_()
+        self._slot.fill_(self._pending)
         self._stale = False
         self._reader.rope.grow(max(len(held.slab) for held in layers) + 1)
         self._angles = [self._reader.rope.angles(layer) for layer in range(len(layers))]

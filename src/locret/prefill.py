@@ -172,6 +172,17 @@ class Reader:
         assert logits is not None
         return logits[:, -1]
 
+    @property
+    def can_unread(self) -> bool:
+        """Whether `unread` could take back a `step` now."""
+        graph = self._step_graph()
+        return graph is not None and graph.room()
+
+    def unread(self) -> None:
+        """Take back the last `step`: the token is not in the cache any more."""
+        assert isinstance(self._graph, StepGraph)
+        self._graph.undo()
+
     def settle(self) -> None:
         """Make the cache whole after `step`s: scores and positions of the units that they added.
 
