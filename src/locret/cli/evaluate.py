@@ -211,13 +211,16 @@ def _run(
             note(f"stopped; what is done is in {destination}, the same command goes on")
             raise typer.Exit(130) from None
     stopped = deadline is not None and time.monotonic() >= deadline
-    if found.missing and stopped:
-        note(f"stopped by --stop-after; {found.missing} of {len(found.keys)} answers are still to be had: run it again")
-        if not found.lines:
+    if found.missing:
+        left = f"{found.missing} of {len(found.keys)} answers are missing"
+        if stopped:
+            note(f"stopped by --stop-after; {left}: the same command goes on")
+        elif place.world > 1:
+            note(f"process {place.rank} of {place.world} is done; {left} that are still running in others")
+        else:
+            note(f"{left}: see the warnings above")
+        if place.world > 1 or not found.lines:
             return
-    elif found.missing:
-        note(f"process {place.rank} of {place.world} is done; {found.missing} samples are still running in others")
-        return
     command = "locret " + shlex.join(sys.argv[1:])
     results = finish(destination, grid, backbone, source, found, command=command)
     page = write_report([destination], destination)

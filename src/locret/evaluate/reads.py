@@ -38,14 +38,18 @@ def agnostic(llm: LLM, prompts: list[Prompt], sampling: Sampling, *, answer: boo
     kept = _kept(session, prompts)
     answers: list[list[Answer]] = [[] for _ in prompts]
     logits: list[list[Tensor]] = [[] for _ in prompts]
-    for turn in range(max(len(prompt.asks) for prompt in prompts)):
+    turns = max(len(prompt.asks) for prompt in prompts)
+    for turn in range(turns):
         asking = [i for i, prompt in enumerate(prompts) if turn < len(prompt.asks)]
         for rows in _groups(asking, [(len(prompts[i].asks[turn].first), _chats(prompts[i])) for i in asking]):
             asks = [prompts[i].asks[turn] for i in rows]
-            part = session.rows(rows)
+            whole = len(rows) == len(prompts)
+            part = session if whole else session.rows(rows)
             if answer and not (conversation and _chats(prompts[rows[0]])):
                 for i, one in zip(rows, part.ask([ask.first for ask in asks], sampling), strict=True):
                     answers[i].append(one)
+            if whole and (turn + 1 < turns or conversation):
+                part = session.rows(rows)  # following spends a session, and this one is asked again
             found = part.follow([ask.first for ask in asks], [ask.target for ask in asks])
             for i, predicted in zip(rows, found, strict=True):
                 logits[i].append(predicted)

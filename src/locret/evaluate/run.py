@@ -8,6 +8,7 @@ batches.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -21,8 +22,9 @@ from locret.backbone import Backbone, model_length
 from locret.config import CacheConfig, Sampling, parse_budget
 from locret.decode import full_cache_bytes
 from locret.engine import LLM
-from locret.errors import ConfigError, DataError
+from locret.errors import ConfigError, DataError, NumericsError
 from locret.evaluate.grid import AS_IT_IS, Block, Grid, Stage, Variant, parse_method
+from locret.evaluate.machine import leave_note
 from locret.evaluate.measures import distances
 from locret.evaluate.prompts import Prompt, name_of
 from locret.evaluate.reads import Read, agnostic, aware
@@ -97,9 +99,12 @@ def run(
     runner.check_samples()
     claim(folder, grid.to_dict())
     done = read_journals(folder)
-    count = len(done) // world
+    count, noted = len(done) // world, False
     with Journal(folder, rank) as journal:
         for lines, total in runner.share(rank, world, done, deadline):
+            if not noted:
+                leave_note(folder, rank, backbone)
+                noted = True
             journal.write(lines)
             done.update({key_of(line): line for line in lines})
             count += len(lines)
@@ -240,7 +245,11 @@ class _Runner:
             keeps_all = not self.llm(variant).method.evicts
             if references is None and not keeps_all:
                 references = self._reference(batch)
-            cells = self._run_batch(variant, batch, references or [], answer=True)
+            try:
+                cells = self._run_batch(variant, batch, references or [], answer=True)
+            except (NumericsError, torch.OutOfMemoryError) as error:  # one method's trouble is not the others'
+                warnings.warn(_trouble(block, variant, error), stacklevel=2)
+                continue
             if references is None:
                 references = [reference for _, reference in cells]
             yield [
@@ -357,6 +366,13 @@ def _known(tensors: Iterable[Tensor | None]) -> list[Tensor]:
 
 def _short(value: float) -> float:
     return round(float(value), 6)
+
+
+def _trouble(block: Block, variant: Variant, error: Exception) -> str:
+    what = f"{variant.method} {variant.budget or ''} on {block.task} at {block.length}".replace("  ", " ")
+    if isinstance(error, NumericsError):
+        return f"left out {what}: {error}"
+    return f"left out {what}: no memory for the batch ({error}); set a smaller batch_size or batch_tokens"
 
 
 def _past(deadline: float | None) -> bool:
