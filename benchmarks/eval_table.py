@@ -28,7 +28,7 @@ KINDS = {
         "vt", "passkey", "number_string", "needles_scdq",
     ),
     "dense": ("niah_multikey_2", "niah_multikey_3", "kv_retrieval", "kv_multi_turn"),
-    "counting and reasoning": ("cwe", "fwe", "qa_1", "qa_2", "math_find", "code_run"),
+    "counting, reasoning, dialogue": ("cwe", "fwe", "qa_1", "qa_2", "math_find", "code_run", "dialogue_mask"),
 }  # fmt: skip
 CELL = ("task", "length", "method", "budget", "n", "score", "low", "high", "against_full", "retention", "ceiling", "kl",
         "kv_bytes", "peak_kv_bytes", "ttft", "tpot")  # fmt: skip

@@ -85,6 +85,8 @@ class Grid:
             True: every question gets a compression of its own, of context and question together.
         answer_prefix: whether generated tasks begin the answer with the published words ("The pass key is"); default:
             not for the embedded model, which was never trained to go on behind any and stops there.
+        sentence_tokens: without those words, answers may have so many tokens more, for models that say them by
+            themselves; 0 for the embedded model saves time: it does not.
         turns: several questions of one context are asked one after the other ("conversation", each sees the answers
             before it) or each of the context as it was compressed ("separate").
         even_lengths: blank lines make all samples of a generated task and length equally long, so that they run as
@@ -109,6 +111,7 @@ class Grid:
     mode: str = "hardened"
     query_aware: bool = False
     answer_prefix: bool | None = None
+    sentence_tokens: int = 32
     turns: str = "conversation"
     even_lengths: bool = False
     batch_size: int = 8
@@ -139,7 +142,13 @@ class Grid:
             raise unknown("turns", str(self.turns), TURNS)
         if self.even_lengths and self.mode == "official":
             raise ConfigError('even_lengths changes samples, and official ones are as published; use mode = "hardened"')
-        for name, low in (("batch_size", 1), ("batch_tokens", 1), ("tail_tokens", 0), ("max_context", 1)):
+        for name, low in (
+            ("batch_size", 1),
+            ("batch_tokens", 1),
+            ("sentence_tokens", 0),
+            ("tail_tokens", 0),
+            ("max_context", 1),
+        ):
             value = getattr(self, name)
             if value is not None and not _whole(value, low):
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number >= {low}")

@@ -50,6 +50,7 @@ class Samples:
         request = Request(
             task=block.task, length=block.length, seed=block.seed, count=count, mode=grid.mode,
             tokenizer=self._tokenizer, answer_prefix=bool(grid.answer_prefix), even_lengths=grid.even_lengths,
+            sentence_tokens=grid.sentence_tokens,
             text=grid.text, public=grid.public.get(block.task),
         )  # fmt: skip
         records = list(itertools.islice(self.source.records(request), count))
@@ -86,7 +87,14 @@ class Samples:
         if self.folder is None or block.task in self.grid.public:
             return None
         grid = self.grid
-        facts = [grid.mode, grid.answer_prefix, grid.even_lengths, grid.max_context, _text_facts(grid.text)]
+        facts = [
+            grid.mode,
+            grid.answer_prefix,
+            grid.sentence_tokens,
+            grid.even_lengths,
+            grid.max_context,
+            _text_facts(grid.text),
+        ]
         key = json.dumps([facts, _tokenizer_facts(self._tokenizer), _program()])
         digest = hashlib.sha256(key.encode()).hexdigest()[:12]
         return self.folder / f"{block.task}-{block.length}-{block.seed}-{digest}.npz"

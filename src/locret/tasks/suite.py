@@ -41,6 +41,7 @@ def generate(
     mode: str = "hardened",
     filler: Haystack | Filler | str | Path | None = None,
     answer_prefix: bool = True,
+    sentence: int = SENTENCE,
     even_lengths: bool = False,
     **options: Any,
 ) -> Iterator[Record]:
@@ -51,7 +52,7 @@ def generate(
             includes the tokens to generate, so there the prompt is that much shorter.
         filler: natural text; None: the project's own prose; a file or folder of .txt, .jsonl or .jsonl.xz.
         answer_prefix: False leaves out the words that the answer is made to begin with, and gives hardened tasks
-            `SENTENCE` more tokens, for models that begin with such words by themselves. The embedded model must have
+            `sentence` more tokens, for models that begin with such words by themselves. The embedded model must have
             False: it was trained to answer and stop, and stops behind a prefix.
         even_lengths: blank lines make contexts and questions of all samples equally long, so that they run as batches;
             not for official mode, which is as published.
@@ -102,7 +103,7 @@ def generate(
             question=draft.question,
             answers=draft.answers,
             metric=info.metric,
-            max_new_tokens=info.max_new_tokens[mode] + (0 if answer_prefix or mode == "official" else SENTENCE),
+            max_new_tokens=info.max_new_tokens[mode] + (0 if answer_prefix or mode == "official" else sentence),
             answer_prefix=draft.answer_prefix,
             spans=draft.spans,
             turns=draft.turns,
