@@ -5,7 +5,7 @@
 #
 # OUTPUT     where the journal of every process goes; the same folder (or OUTPUT.tgz) goes on where it was
 # SECONDS    after which nothing new is begun (default: none), the making of samples not counted
-# PROCESSES  default 10
+# PROCESSES  default 7
 # GRID       in the environment: another grid than table.toml
 # SAMPLES    folder of prepared samples (default: OUTPUT/prepared); what is missing there is made first
 #
@@ -14,7 +14,7 @@
 #   python benchmarks/eval_table.py OUTPUT
 set -euo pipefail
 output=${1:?"say where to write: bash recipes/grids/table.sh OUTPUT [SECONDS] [PROCESSES] [SAMPLES]"}
-seconds=${2:-1000000} processes=${3:-10} samples=${4:-$1/prepared}
+seconds=${2:-1000000} processes=${3:-7} samples=${4:-$1/prepared}
 grid=${GRID:-$(dirname "$0")/table.toml}
 root=$(cd "$(dirname "$0")/../.." && pwd)
 export PYTHONPATH=$root/src${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false

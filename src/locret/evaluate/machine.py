@@ -51,8 +51,8 @@ def _cpu() -> str:
 
 
 def leave_note(folder: Path, rank: int, backbone: Backbone) -> None:
-    """Who wrote journal/RANK.jsonl; a run that goes on elsewhere adds a note."""
-    path = folder / "journal" / f"{rank:03}.machines.json"
+    """Who wrote journal/RANK.jsonl, as machines/RANK.json; a run that goes on elsewhere adds a note."""
+    path = folder / "machines" / f"{rank:03}.json"
     notes = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     note = provenance(backbone)
     if note not in notes:
@@ -61,7 +61,7 @@ def leave_note(folder: Path, rank: int, backbone: Backbone) -> None:
 
 def machines(folder: Path) -> list[dict[str, Any]]:
     """All notes of a run."""
-    paths = sorted((folder / "journal").glob("*.machines.json"))
+    paths = sorted((folder / "machines").glob("*.json"))
     return [note for path in paths for note in json.loads(path.read_text(encoding="utf-8"))]
 
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 import locret.tasks
 from locret.errors import DataError
+from locret.evaluate import prompts
 from locret.evaluate.grid import Block, Grid
 from locret.evaluate.prompts import Ask, Encoder, Prompt
 from locret.evaluate.source import Request, Source
@@ -30,6 +31,8 @@ from locret.files import atomic_write
 from locret.tasks.records import Record, Turn
 
 Progress = Callable[[int, int], object]
+# modules of `locret.tasks` that write training samples only, or judge answers
+NOT_EVALUATED = frozenset({"base", "build", "families", "metrics", "mixture", "relations", "rouge", "wordings"})
 
 
 class Samples:
@@ -175,8 +178,9 @@ def _tokenizer_facts(tokenizer: Any) -> str:
 
 @functools.cache
 def _program() -> str:
-    """A digest of the files that write samples."""
-    found = hashlib.sha256()
+    """A digest of the files that write samples and encode them."""
+    found = hashlib.sha256(Path(prompts.__file__).read_bytes())
     for file in sorted(Path(locret.tasks.__file__).parent.glob("*.*")):
-        found.update(file.read_bytes())
+        if file.stem not in NOT_EVALUATED:
+            found.update(file.read_bytes())
     return found.hexdigest()
