@@ -63,8 +63,11 @@ class Samples:
 
     def first(self, block: Block) -> Record:
         """One sample, for checks."""
-        found = self.kept(block)
-        return found[0].record if found else self.records(block, 1)[0]
+        path = self._path(block)
+        if path is not None and path.exists():
+            with np.load(path) as file:  # reads the arrays that it is asked for
+                return _record(json.loads(file["rest"].tobytes())[0]["record"])
+        return self.records(block, 1)[0]
 
     def kept(self, block: Block) -> list[Prompt] | None:
         """The samples of a block if they are in a file."""
@@ -155,11 +158,13 @@ def _unpack(data: bytes) -> list[Prompt]:
 
 
 def _prompt(one: dict[str, Any], context: NDArray[np.int32], gold: NDArray[np.int32]) -> Prompt:
-    fields = one["record"]
-    turns = tuple(Turn(**{**turn, "answers": tuple(turn["answers"]), "spans": ()}) for turn in fields["turns"])
-    record = Record(**{**fields, "answers": tuple(fields["answers"]), "spans": (), "turns": turns})
     asks = [Ask(**{**ask, "answers": tuple(ask["answers"])}) for ask in one["asks"]]
-    return Prompt(record, context, asks, gold.tolist(), one["digest"])
+    return Prompt(_record(one["record"]), context, asks, gold.tolist(), one["digest"])
+
+
+def _record(fields: dict[str, Any]) -> Record:
+    turns = tuple(Turn(**{**turn, "answers": tuple(turn["answers"]), "spans": ()}) for turn in fields["turns"])
+    return Record(**{**fields, "answers": tuple(fields["answers"]), "spans": (), "turns": turns})
 
 
 def _text_facts(text: str | None) -> list[Any]:
