@@ -208,7 +208,7 @@ from test_graph import *
 from locret.fused import recognise
 plain()
 backbone = Backbone(build_tiny_model("llama", head_dim=64, num_attention_heads=4))
-config = CacheConfig(budget=20, chunk_size=12, num_sinks=2, num_stabilizers=3, local_window=3, decode_interval=4)
+config = CacheConfig(budget=22, chunk_size=12, num_sinks=2, num_stabilizers=3, local_window=3, decode_interval=4)
 method, text = method_of("locret", backbone), words(2, 44)
 want, cache = decode(backbone, method, config, text[:, :31], text[:, 31:], graph=False)
 interpreted()
