@@ -253,7 +253,7 @@ def test_bad_options_name_what_is_allowed():
         Affine(2).encode(numbers(3, 6))
     with pytest.raises(ConfigError, match=r"unknown fit 'minmix'.*did you mean 'minmax'"):
         Affine(4, fit="minmix")
-    with pytest.raises(ConfigError, match=r"residual 40 is no multiple of group_size 32; allowed: 32, 64"):
+    with pytest.raises(ConfigError, match=r"residual 40 is no multiple of 32; allowed: 32, 64"):
         KiviKeys(residual=40)
     with pytest.raises(ConfigError, match="bits is 3"):
         KiviKeys(bits=3)
