@@ -33,6 +33,7 @@ from locret.bench import random_llm
 from locret.config import STORAGE, CacheConfig
 from locret.errors import LocretError
 from locret.files import write_text
+from locret.gate import Gate, Gates
 from locret.heads import HeadsConfig, RetainingHeads
 from locret.lococo import ConvMerge, Mergers
 from locret.methods import get_method, list_methods, wants_heads
@@ -58,6 +59,9 @@ def weights_file(name: str, backbone: Backbone, folder: Path) -> dict[str, Any]:
     if name == "fastkvzip":
         sizes = dict(hidden=hidden, heads=heads, group=group)
         return {"path": str(write_fastkvzip(folder / name, layers=layers, **sizes))}
+    if name == "attention_gate":
+        Gates((Gate(hidden, heads) for _ in range(layers)), backbone.fingerprint()).save(folder / name)
+        return {"path": str(folder / name)}
     if name == "lococo":
         made = Mergers((ConvMerge(backbone.head_dim, 8) for _ in range(layers)), backbone.fingerprint())
         made.save(folder / name)

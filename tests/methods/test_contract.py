@@ -234,7 +234,7 @@ def test_the_list_says_what_each_method_is():
         assert info.summary
         assert info.name == info.name.lower()
         assert isinstance(info.query_aware, bool)
-        assert info.trained == (info.name in {"locret", "lococo", *PEERS})
+        assert info.trained == (info.name in {"locret", "lococo", "attention_gate", *PEERS})
         assert info.bounded_prefill == (info.name != "full")
     assert {"full", "knorm", "locret", "random", "recency", "snapkv"} <= set(NAMES)
 
