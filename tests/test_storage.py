@@ -285,8 +285,8 @@ def held(codec, x: Tensor, sizes: list[int] | None = None):
     done = 0
     for piece in x.split(sizes or x.shape[2], 2):
         done += piece.shape[2]
-        stored = codec.settle(stored.join(codec.encode(piece)), at[..., :done], heads=None, num_heads=x.shape[1],
-                              queries=None)  # fmt: skip
+        stored = codec.settle(stored.join(codec.encode(piece)), at[..., :done], newest=done - 1, heads=None,
+                              num_heads=x.shape[1], queries=None)  # fmt: skip
     return stored, at
 
 
@@ -338,7 +338,7 @@ def test_evicting_changes_no_other_unit(share):
             keep = keep.view(2, 3, count)
             at = at.gather(2, keep)
             codes = stored.row.gather(2, keep) >= 0
-            stored = codec.settle(gathered(stored, keep), at, heads=None, num_heads=3, queries=None)
+            stored = codec.settle(gathered(stored, keep), at, newest=149, heads=None, num_heads=3, queries=None)
             want = want.gather(2, keep[..., None].expand(2, 3, count, 16))
             assert torch.equal(codec.decode(stored)[codes], want[codes]), step
             want = codec.decode(stored)  # dense ones may be codes now
@@ -358,7 +358,8 @@ def test_kivi_bytes_equal_the_formula_and_eviction_frees_tables():
 
     def evicted(keep):
         keep = keep.view(1, 1, -1)
-        return keys.settle(gathered(stored, keep), at.gather(2, keep), heads=None, num_heads=1, queries=None)
+        at_keep = at.gather(2, keep)
+        return keys.settle(gathered(stored, keep), at_keep, newest=255, heads=None, num_heads=1, queries=None)
 
     assert evicted(torch.arange(64)).nbytes == 64 * d * 2 // 8 + 2 * 2 * 64 * d // 32 + 4 * 64  # two of eight groups
     spread = evicted(torch.arange(0, 256, 32))  # eight units, one of each group
@@ -371,8 +372,8 @@ def test_minikv_is_kivi_with_groups_of_16_behind_an_eviction():
     keep = torch.arange(0, 256, 2)
     codec = layer_store("minikv").k
     fresh = codec.encode(x)
-    got = codec.settle(gathered(fresh, keep.view(1, 1, -1)), keep.view(1, 1, -1) // 2 + 128, heads=None, num_heads=1,
-                       queries=None)  # fmt: skip
+    kept = keep.view(1, 1, -1)
+    got = codec.settle(gathered(fresh, kept), kept, newest=255, heads=None, num_heads=1, queries=None)
     torch.testing.assert_close(codec.decode(got)[0, 0], kivi_keys_reference(x[0, 0, keep], 2, 16, 128))
 
 

@@ -354,6 +354,49 @@ def test_groups_that_nobody_needs_are_dropped_and_scales_outlive_their_units(sto
         assert len(scale) > (row >= 0).sum() // group  # groups are not full any more
 
 
+@pytest.mark.parametrize("method", ["adakv", "razor"])
+def test_heads_of_different_lengths_do_not_share_groups(method):
+    """They lie one after the other in a flat slab; a group is a head's own, and full when it is made."""
+    backbone = Backbone(build_tiny_model("llama", head_dim=16))
+    ids = tokens(256, batch=2)
+    with torch.inference_mode():
+        reader = reader_of(backbone, method, 256, batch=2, budget=300, chunk_size=64, storage="minikv")
+        reader.read(ids[:, :200])
+    for layer in reader.cache.layers:
+        row, lengths = layer.slab[slice(0, layer.heads * layer.held)].k.row[:, 0], layer.lengths
+        owners: dict[int, list[tuple[int, int]]] = {}
+        for b in range(2):
+            ends = lengths[b].cumsum(0).tolist()
+            for unit, group in enumerate(row[b].tolist()):
+                if group >= 0:
+                    owners.setdefault(group, []).append((b, sum(unit >= end for end in ends)))
+        assert owners
+        assert all(len(set(found)) == 1 for found in owners.values())
+        assert {len(found) for found in owners.values()} == {16}  # nothing was evicted: 128 of 200 tokens, 8 groups
+        assert len(owners) == 2 * 2 * 8
+
+
+@pytest.mark.parametrize("method", ["adakv", "razor", "lococo", "pyramidkv"])
+def test_rows_of_a_batch_take_their_own_bytes_and_no_more(method):
+    """Budgets that differ: every row has lengths of its own, and a batch takes what its rows take alone."""
+    backbone = Backbone(build_tiny_model("llama"))
+    ids = tokens(101, batch=3)
+    with torch.inference_mode():
+        made = method_of(method, backbone)
+        together = reader_of(backbone, made, 101, batch=3, budget=40, chunk_size=16)
+        together.read(ids)
+        alone = [reader_of(backbone, made, 101, budget=40, chunk_size=16) for _ in range(3)]
+        for row, reader in enumerate(alone):
+            reader.read(ids[row : row + 1])
+    assert together.cache.nbytes == sum(reader.cache.nbytes for reader in alone)
+    lengths = [[[len(head) for head in heads] for heads in kept(together, row)] for row in range(3)]
+    assert all(sum(map(sum, row)) == 2 * 2 * 40 for row in lengths)
+    if method == "adakv":
+        assert lengths[0] != lengths[1] != lengths[2]
+        for layer in together.cache.layers:
+            assert layer.slab.k.shape == (3, 1, 2 * 40, 8)  # no head has a place for what another one keeps
+
+
 def test_a_prompt_that_fits_stays_as_it_is_in_what_has_not_aged():
     """Fewer tokens than a residual: nothing is encoded, and logits are the dense cache's."""
     backbone = Backbone(build_tiny_model("llama", dtype=torch.float64))

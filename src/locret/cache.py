@@ -1,8 +1,10 @@
 """KV units in slabs that are allocated once: append, keep, copy, save.
 
-One slab a layer holds at most `capacity` units. While a layer works on a chunk, its old units and the chunk's lie
-together in one workspace that all layers share, so that only one layer at a time holds budget + chunk: the peak is
-layers * budget + (budget + chunk) units, not layers * (budget + chunk) as in the published code.
+One slab a layer holds at most `capacity` units. While a layer works on a chunk, the chunk's units lie beside its old
+ones, and as soon as it is done what stays is moved up within the slab: only one layer at a time holds more than its
+budget, and nothing is copied that does not move. Methods that look at all units at once want them in one piece; for
+those old and new lie together in one workspace that all layers share. The peak is layers * budget + (budget + chunk)
+units, not layers * (budget + chunk) as in the published code.
 
 Every unit carries its score, its original position, whether the caller protected it and, for methods that ask for
 them, numbers of the method's own; all of them move with it. Keys are stored before RoPE: which angle a unit gets is
@@ -32,6 +34,7 @@ import torch
 from torch import Tensor
 
 from locret import stores
+from locret.kernels.compact import Column, compact, compact_scratch
 from locret.storage import Stored, allocate
 from locret.stores import Holder, Store, layer_store
 from locret.tail import Tailed, TailStored
@@ -195,12 +198,12 @@ class Packed(Table):
         dense = Units(torch.cat((old.k, new.k), 2), torch.cat((old.v, new.v), 2), **rest)
         return Packed(self.store, k, v, rest), dense
 
-    def settled(self, num_heads: int, heads: Tensor | None, queries: Tensor | None) -> Packed:
+    def settled(self, newest: Tensor, num_heads: int, heads: Tensor | None, queries: Tensor | None) -> Packed:
         """With all aged units encoded (`Tailed.settle`); itself where units are encoded as they come in."""
         if not any(isinstance(codec, Tailed) for codec in self.store):
             return self
         k, v = (
-            codec.settle(x, self.rest["position"], heads=heads, num_heads=num_heads, queries=queries)
+            codec.settle(x, self.rest["position"], newest=newest, heads=heads, num_heads=num_heads, queries=queries)
             if isinstance(codec, Tailed) and isinstance(x, TailStored) else x
             for codec, (_, x) in zip(self.store, self._held(), strict=True)
         )  # fmt: skip
@@ -250,9 +253,11 @@ class LayerCache:
     window: int | None = None  # a sliding-window layer keeps its last window - 1 units and takes no budget
     held: int = 0
     evicted: bool = False  # False: original positions are still 0, 1, 2 ...
+    newest: Tensor | None = None  # position of the token appended last, kept or not
     _joined: Units | None = field(default=None, repr=False)  # old units and the chunk's, between append and keep
     _source: Units | Packed | None = field(default=None, repr=False)  # the same, as stored
     _queries: Tensor | None = field(default=None, repr=False)  # of the chunk, for stores that choose by them
+    _beside: Units | None = field(default=None, repr=False)  # a chunk that was not joined, between beside and keep
 
     def watch(self, q: Tensor) -> None:
         """The chunk's queries before RoPE, [B, Hq, C, D], for the time until its units are settled."""
@@ -324,6 +329,12 @@ class LayerCache:
         self._source = self._joined = place[slice(0, total)]
         return self._joined
 
+    def beside(self, new: Units) -> Units:
+        """Instead of `append`: the chunk stays where it is until `keep`, nothing is copied. Returns the held units."""
+        assert isinstance(self.slab, Units), "codes are joined with codes"
+        self._beside = new
+        return self.slab[slice(0, self.held)]
+
     def rewrite(self, k: Tensor, v: Tensor) -> None:
         """The appended units take these keys and values, [B, Hkv, S, D]; codes of units that do not change stay."""
         assert self._joined is not None
@@ -338,6 +349,11 @@ class LayerCache:
 
     def keep(self, keep: Tensor) -> None:
         """Of the appended units only those at `keep` [B, Hkv, b] stay."""
+        if self._beside is not None:
+            compact(self._columns(self._beside), keep)
+            self.evicted = True
+            self._done(keep.shape[-1])
+            return
         assert self._source is not None
         _write(self.slab, 0, self._aged(self._source.gather(keep)))  # gathered first: source and target may overlap
         self.evicted = True
@@ -371,14 +387,23 @@ class LayerCache:
         """`Packed.settled`. heads: KV head of every unit, [B, 1, n], in a flat slab."""
         if not isinstance(units, Packed):
             return units
-        return units.settled(self.heads, heads, self._queries)
+        assert self.newest is not None, "KVCache.append notes it"
+        return units.settled(self.newest, self.heads, heads, self._queries)
 
     @property
     def heads(self) -> int:
         return self.slab.tensors()["score"].shape[1]
 
+    def compact_bytes(self, keep: int) -> int:
+        """Memory that keeping so many of the units beside each other takes for a moment."""
+        return 0 if self._beside is None else compact_scratch(self._columns(self._beside), keep)
+
+    def _columns(self, new: Units) -> list[Column]:
+        slab, theirs = self.slab.tensors(), new.tensors()
+        return [Column(mine[:, :, : self.held], theirs[name], mine) for name, mine in slab.items() if mine.numel()]
+
     def _done(self, held: int) -> None:
-        self.held, self._source, self._joined, self._queries = held, None, None, None
+        self.held, self._source, self._joined, self._beside, self._queries = held, None, None, None, None
 
 
 def _saved(units: Units | Packed) -> dict[str, Tensor]:
@@ -488,17 +513,19 @@ class KVCache:
         ragged: the KV heads of a layer share its capacity and may keep different numbers of units.
         spare: room in every slab for a chunk that is evicted from after the forward pass only.
         storage: what slabs hold K and V in, the name of a store or one store a layer (`stores.layer_stores`).
+        joins: chunks that overflow a slab are put behind its units, in the workspace; False: they stay beside them.
     """
 
     def __init__(
         self, *, windows: list[int | None], batch: int, num_kv_heads: int, head_dim: int,
         capacity: int | Sequence[int] | None, chunk_size: int, dtype: torch.dtype, device: torch.device,
         initial: int = 0, state: int = 0, ragged: bool = False, spare: int = 0,
-        storage: str | Sequence[Store] = "dense",
+        storage: str | Sequence[Store] = "dense", joins: bool = True,
     ) -> None:  # fmt: skip
         chosen = [layer_store(storage)] * len(windows) if isinstance(storage, str) else list(storage)
         self.stores = None if all(store == layer_store("dense") for store in chosen) else chosen
         self.capacity = capacity
+        self.joins = joins
         self.chunk_size = chunk_size
         self.seen = 0  # tokens read so far, kept or not
         self._shape = (batch, num_kv_heads)
@@ -513,14 +540,15 @@ class KVCache:
             else:
                 room = units + spare if window is None else window - 1
                 self.layers.append(LayerCache(self._new(index, room), window))
-        fixed = [len(layer.slab) for layer in self.layers
-                 if layer.window is not None or (capacity is not None and not ragged and not spare)]  # fmt: skip
+        joins = joins and capacity is not None and not ragged and not spare
+        fixed = [len(layer.slab) for layer in self.layers if layer.window is not None or joins]
         self.workspace = self._dense(max(fixed) + chunk_size) if fixed and self.stores is None else None
         self.peak_bytes = self.nbytes + self.workspace_bytes
 
     def append(self, index: int, new: Units) -> Units:
         """Put a chunk behind the units of layer `index`; returns all of them."""
         layer = self.layers[index]
+        layer.newest = new.position[0, 0, -1]
         if self.capacity is None and layer.window is None and layer.held + len(new) > len(layer.slab):
             self._grow(index, layer.held + len(new))
         return layer.append(new, self.workspace)

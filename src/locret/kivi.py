@@ -60,9 +60,9 @@ class KiviKeys(Tailed):
         none = x.new_empty(0, x.shape[-1])
         return {"scale": none, "zero": none}
 
-    def due(self, position: Tensor, dense: Tensor, segment: Tensor) -> Tensor:
+    def due(self, position: Tensor, newest: Tensor | int, dense: Tensor, segment: Tensor) -> Tensor:
         """Tokens of residuals that are complete, as many of each head as fill groups, the oldest first."""
-        whole = (position.amax((1, 2), keepdim=True) + 1) // self.residual * self.residual
+        whole = (newest + 1) // self.residual * self.residual
         aged = dense & (position < whole)
         flat, of = aged.flatten().long(), segment.flatten()
         counts = torch.zeros(int(of.max()) + 1, dtype=torch.int64, device=of.device).scatter_add_(0, of, flat)

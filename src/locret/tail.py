@@ -119,12 +119,12 @@ class Tailed(ABC):
     def decode_aged(self, stored: TailStored) -> Tensor:
         """All units [B, Hkv, n, D] as if all were encoded."""
 
-    def due(self, position: Tensor, dense: Tensor, segment: Tensor) -> Tensor:
+    def due(self, position: Tensor, newest: Tensor | int, dense: Tensor, segment: Tensor) -> Tensor:
         """Which units are to be encoded now, bool [B, H, n].
 
-        Args: position: int64 [B, H, n];  dense: bool, the same;  segment: a number per sequence and KV head, the same.
+        Args: position: int64 [B, H, n];  newest: of the token read last, kept or not;  dense: bool [B, H, n];
+            segment: a number per sequence and KV head, [B, H, n].
         """
-        newest = position.amax((1, 2), keepdim=True)
         return dense & (position <= newest - self.residual)
 
     def encode(self, x: Tensor) -> TailStored:
@@ -142,12 +142,14 @@ class Tailed(ABC):
         return torch.where(stored.parts[ROW] < 0, tail[(-1 - stored.row).clamp(min=0).long()], out)
 
     def settle(
-        self, stored: TailStored, position: Tensor, *, heads: Tensor | None, num_heads: int, queries: Tensor | None
-    ) -> TailStored:
+        self, stored: TailStored, position: Tensor, *, newest: Tensor | int, heads: Tensor | None, num_heads: int,
+        queries: Tensor | None,
+    ) -> TailStored:  # fmt: skip
         """Encode what has aged, and drop what no unit needs from the tables.
 
         Args:
             position: original positions, [B, H, n].
+            newest: that of the token read last, kept or not.
             heads: KV head of every unit, [B, 1, n], where they lie one after the other; None: the layout's axis.
             num_heads: Hkv.
         """
@@ -158,7 +160,7 @@ class Tailed(ABC):
         owner = torch.arange(layout, device=device)[:, None].expand_as(position) if heads is None else heads
         sequence = torch.arange(batch, device=device)[:, None, None].expand_as(position)
         dense = stored.row < 0
-        due = self.due(position, dense, sequence * num_heads + owner)
+        due = self.due(position, newest, dense, sequence * num_heads + owner)
         at = due.flatten().nonzero()[:, 0]
         parts = {name: x.flatten(0, -2).clone() for name, x in stored.parts.items()}
         tail, tables = stored.tables[TAIL], {name: x for name, x in stored.tables.items() if name != TAIL}
