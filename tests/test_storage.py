@@ -306,6 +306,17 @@ def test_kivi_keys_are_those_of_plain_loops(n):
             torch.testing.assert_close(codec.decode(stored)[b, h], kivi_keys_reference(x[b, h], 2, 8, 16))
 
 
+def test_a_group_of_keys_worked_by_hand():
+    """Two bits, four units: channel 0 spans 0 .. 3, so steps of 1; channel 1 is constant; channel 2 spans 2 .. 8."""
+    x = torch.tensor([[0.0, 1, 2, 0], [1.4, 1, 8, 0], [2.6, 1, 4.9, 0], [3.0, 1, 5.1, 0], [9.9, 9, 9, 9]])
+    codec = KiviKeys(2, 4, 4)
+    stored, _ = held(codec, x.view(1, 1, 5, 4))
+    want = [[0.0, 1, 2, 0], [1.0, 1, 8, 0], [3.0, 1, 4, 0], [3.0, 1, 6, 0], [9.9, 9, 9, 9]]
+    torch.testing.assert_close(codec.decode(stored)[0, 0], torch.tensor(want))
+    assert stored.tables["scale"].tolist() == [[1.0, 0.0, 2.0, 0.0]]
+    assert stored.tables["zero"].tolist() == [[0.0, 1.0, 2.0, 0.0]]
+
+
 @pytest.mark.parametrize("n", [1, 7, 16, 40])
 def test_kivi_values_are_quantised_per_unit_as_they_age(n):
     x = numbers(1, 2, n, 16)
