@@ -137,7 +137,7 @@ def _measure_all(backbone: Backbone, args: argparse.Namespace, result: dict[str,
                         )
                         measure(backbone, case, short, Path(folder))
                     cell["runs"].append(measure(backbone, case, args, Path(folder)))
-                except (LocretError, torch.OutOfMemoryError) as error:
+                except (LocretError, RuntimeError) as error:  # of CUDA too: the others still have their turn
                     cell["failed"] = f"{type(error).__name__}: {str(error)[:200]}"
                 print(f"{time.perf_counter() - started:6.1f} s  {_line(case, cell)}", flush=True)
                 write_text(args.output, json.dumps(result, indent=1) + "\n")

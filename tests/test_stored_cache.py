@@ -354,14 +354,13 @@ def test_groups_that_nobody_needs_are_dropped_and_scales_outlive_their_units(sto
         assert len(scale) > (row >= 0).sum() // group  # groups are not full any more
 
 
-@pytest.mark.parametrize("method", ["adakv", "razor"])
-def test_heads_of_different_lengths_do_not_share_groups(method):
-    """They lie one after the other in a flat slab; a group is a head's own, and full when it is made."""
+def test_heads_of_different_lengths_do_not_share_groups():
+    """They lie one after the other in a flat slab; a group is a head's own, whatever its neighbours leave over."""
     backbone = Backbone(build_tiny_model("llama", head_dim=16))
     ids = tokens(256, batch=2)
     with torch.inference_mode():
-        reader = reader_of(backbone, method, 256, batch=2, budget=300, chunk_size=64, storage="minikv")
-        reader.read(ids[:, :200])
+        reader = reader_of(backbone, "adakv", 256, batch=2, budget=101, chunk_size=200, storage="minikv")
+        reader.read(ids[:, :200], local_window=0)
     for layer in reader.cache.layers:
         row, lengths = layer.slab[slice(0, layer.heads * layer.held)].k.row[:, 0], layer.lengths
         owners: dict[int, list[tuple[int, int]]] = {}
@@ -370,10 +369,10 @@ def test_heads_of_different_lengths_do_not_share_groups(method):
             for unit, group in enumerate(row[b].tolist()):
                 if group >= 0:
                     owners.setdefault(group, []).append((b, sum(unit >= end for end in ends)))
-        assert owners
+        assert len(owners) > 4
         assert all(len(set(found)) == 1 for found in owners.values())
-        assert {len(found) for found in owners.values()} == {16}  # nothing was evicted: 128 of 200 tokens, 8 groups
-        assert len(owners) == 2 * 2 * 8
+        assert {len(found) for found in owners.values()} == {16}  # just made
+        assert any(int(n) % 16 for n in lengths.flatten())
 
 
 @pytest.mark.parametrize("method", ["adakv", "razor", "lococo", "pyramidkv"])
