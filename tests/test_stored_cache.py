@@ -114,7 +114,7 @@ def test_more_bits_are_closer_to_dense():
 
 @pytest.mark.parametrize(("method", "storage"), [
     *((method, storage) for method in KINDS for storage in BITS), *(("knorm", storage) for storage in OTHERS),
-    *((method, storage) for method in ("adakv", "razor", "kvmerger") for storage in ("kivi2", "think")),
+    ("adakv", "kivi2"), ("razor", "think"), ("kvmerger", "kivi2"),
 ])  # fmt: skip
 def test_forks_and_files_go_on_as_the_original(tmp_path, method, storage):
     llm = llm_of(method=method, budget=40, chunk_size=16, storage=storage)
@@ -135,7 +135,7 @@ def test_forks_and_files_go_on_as_the_original(tmp_path, method, storage):
 
 @pytest.mark.parametrize(("method", "storage"), [
     *((method, "int4") for method in KINDS), *(("snapkv", storage) for storage in OTHERS),
-    *((method, storage) for method in ("adakv", "razor", "sirllm") for storage in ("kivi2", "think-int4")),
+    ("adakv", "kivi2"), ("razor", "think-int4"), ("sirllm", "kivi2"),
 ])  # fmt: skip
 def test_a_row_of_a_batch_is_the_row_alone(method, storage):
     backbone = Backbone(build_tiny_model("llama", dtype=torch.float64))
@@ -152,8 +152,10 @@ def test_a_row_of_a_batch_is_the_row_alone(method, storage):
     assert relative(got[1], want[0]) < 1e-12
 
 
-@pytest.mark.parametrize("storage", ["int8", "kivi4", "think"])
-@pytest.mark.parametrize("family", ["gemma3", "mistral-window", "phi3", "qwen3"])
+@pytest.mark.parametrize(("family", "storage"), [
+    *((family, "int8") for family in ("gemma3", "mistral-window", "phi3", "qwen3")), ("gemma3", "kivi4"),
+    ("mistral-window", "think"),
+])  # fmt: skip
 def test_other_families_and_sliding_windows_run(family, storage):
     backbone = Backbone(build_tiny_model(family))
     with torch.inference_mode():
@@ -182,9 +184,11 @@ def test_bytes_are_those_of_the_slabs_and_equal_the_plans(storage, method):
     assert reader.cache.peak_bytes > reader.cache.nbytes
 
 
-@pytest.mark.parametrize("storage", OTHERS)
-@pytest.mark.parametrize("method", ["knorm", "adakv", "full"])
-def test_bytes_of_every_store_are_counted_and_stay_under_what_a_plan_counts(storage, method):
+@pytest.mark.parametrize(("method", "storage"), [
+    *(("knorm", storage) for storage in OTHERS),
+    *((method, storage) for method in ("adakv", "full") for storage in ("quanto4", "kivi2", "think", "lorc")),
+])  # fmt: skip
+def test_bytes_of_every_store_are_counted_and_stay_under_what_a_plan_counts(method, storage):
     """Slabs, scales, row numbers, tables of groups, dense newest units."""
     backbone = Backbone(build_tiny_model("llama", dtype=torch.bfloat16, head_dim=64))
     with torch.inference_mode():
@@ -210,7 +214,7 @@ def test_bytes_of_every_store_are_counted_and_stay_under_what_a_plan_counts(stor
     assert planned.peak >= 0.95 * reader.cache.peak_bytes or method != "knorm"  # full doubles a slab that grows
 
 
-@pytest.mark.parametrize("storage", OTHERS)
+@pytest.mark.parametrize("storage", ["hqq4", "kivi2", "think-int4", "lorc"])
 def test_a_budget_in_bytes_is_kept_by_every_store(storage):
     backbone = Backbone(build_tiny_model("llama", dtype=torch.bfloat16, head_dim=64))
     with torch.inference_mode():
@@ -243,8 +247,8 @@ def stored_by_hand(came, storage, seen):
     return x
 
 
-@pytest.mark.parametrize("chunk", [64, 100, 300])
-@pytest.mark.parametrize("storage", ["kivi4", "kivi2", "think", "think-int4"])
+@pytest.mark.parametrize("chunk", [64, 300])
+@pytest.mark.parametrize("storage", ["kivi2", "think-int4"])
 def test_chunks_and_steps_store_what_one_pass_over_all_units_stores(storage, chunk):
     """Nothing evicted, float64: KIVI's groups whole residuals at a time, values as they age; ThinK's channels are one
     set of pairs a head for every unit but the newest 32."""
@@ -307,9 +311,11 @@ def test_think_drops_the_pairs_that_the_first_aged_keys_and_their_chunks_queries
             assert gone == sorted(lost) + [j + 8 for j in sorted(lost)]
 
 
-@pytest.mark.parametrize("storage", TAILED)
-@pytest.mark.parametrize("method", ["knorm", "snapkv", "adakv", "razor", "sirllm"])
-def test_evicting_changes_no_unit_that_is_encoded(storage, method):
+@pytest.mark.parametrize(("method", "storage"), [
+    *(("knorm", storage) for storage in ("kivi4", "minikv", "think-int4")), ("adakv", "kivi2"), ("adakv", "think"),
+    ("razor", "minikv"), ("sirllm", "kivi2"), ("snapkv", "think"),
+])  # fmt: skip
+def test_evicting_changes_no_unit_that_is_encoded(method, storage):
     """Chunk after chunk: what a unit decodes to, once it is encoded, it decodes to until it goes."""
     backbone = Backbone(build_tiny_model("llama", head_dim=16))
     ids = tokens(256).repeat(1, 3)
@@ -448,7 +454,7 @@ def test_lorc_says_which_families_it_cannot_store():
             reader_of(Backbone(build_tiny_model(family)), "knorm", 40, budget=32, storage="lorc")
 
 
-@pytest.mark.parametrize("storage", TAILED)
+@pytest.mark.parametrize("storage", ["kivi2", "think"])
 def test_copies_of_one_row_share_tables_and_go_on_as_the_row(storage):
     backbone = Backbone(build_tiny_model("llama", dtype=torch.float64))
     ids = tokens(256)
