@@ -28,6 +28,9 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=["multikey2", "number"])
     parser.add_argument("--length", type=int, default=1024, help="tokens of a prompt")
     parser.add_argument("--budget", default="1MiB")
+    parser.add_argument(
+        "--storages", nargs="+", choices=STORAGE, default=["dense", "int8", "int4", "int2", "think-int4"]
+    )
     parser.add_argument("--samples", type=int, default=30)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
@@ -39,7 +42,7 @@ def main() -> None:
     for task in args.tasks:
         samples = [build(task, seed=SEED + i, length=args.length, tokenizer=tokenizer, filler=filler)
                    for i in range(args.samples)]  # fmt: skip
-        for storage in STORAGE:
+        for storage in args.storages:
             llm = LLM.build(backbone, heads=EMBEDDED / "heads", config=CacheConfig(args.budget, storage=storage))
             right = 0.0
             for sample in samples:

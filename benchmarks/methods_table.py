@@ -1,47 +1,54 @@
-"""Every method on the embedded model: bytes as allocated and CPU time beside the full cache's.
+"""Every method on the embedded model, and every store under locret: bytes as allocated and CPU time beside the full
+cache's.
 
     python benchmarks/methods_table.py            measure, write results/methods-cpu.json and the tables
     python benchmarks/methods_table.py --write    only write the tables in docs/methods.md
 
-One prompt of random tokens a method, read in chunks, then some decode steps; times are those of the fastest of a few
-rounds, the methods taking turns, and are given as ratios to the fastest of `full`: others use the machine too.
-Whatever is stored is in the bytes: K, V, scores, positions, flags, a method's own numbers, lengths of ragged heads.
+One prompt of random tokens a method, read in chunks, then some decode steps; times are processor time of one thread
+(others use the machine too), of the fastest round where there are several, as ratios to the fastest of `full`.
+Whatever is stored is in the bytes: K, V, scores, positions, flags, a method's own numbers, lengths of ragged heads,
+scales and tables of stores. Files that methods need are made of random numbers.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from common import RESULTS, ROOT, fill, provenance
+from methods_speed import cases, weights_file
 
 from locret.backbone import EMBEDDED, Backbone
 from locret.config import CacheConfig
 from locret.heads import RetainingHeads
-from locret.methods import get_method, list_methods, method_options
+from locret.methods import get_method, list_methods
 from locret.prefill import Reader
 
 RESULT = RESULTS / "methods-cpu.json"
 PAGE = ROOT / "docs" / "methods.md"
-TOKENS, STEPS, ROUNDS = 4096, 32, 3
+TOKENS, STEPS, ROUNDS = 4096, 32, 1
 CACHE = dict(budget=512, chunk_size=512)
 
 
-def measure(backbone: Backbone, name: str, ids: torch.Tensor) -> dict[str, Any]:
+def measure(backbone: Backbone, case: str, ids: torch.Tensor, folder: Path) -> dict[str, Any]:
     """One prefill and STEPS decode steps."""
+    name, _, storage = case.partition(" + ")
     heads = RetainingHeads.from_pretrained(EMBEDDED / "heads").eval() if name == "locret" else None
-    method = get_method(name, heads=heads)
+    method = get_method(name, heads=heads, **weights_file(name, backbone, folder))
+    config = CacheConfig(**CACHE, storage=storage or "dense")
     with torch.inference_mode():
-        reader = Reader.start(backbone, method, CacheConfig(**CACHE), batch=1, prompt_len=TOKENS, new_tokens=STEPS)
-        started = time.perf_counter()
+        reader = Reader.start(backbone, method, config, batch=1, prompt_len=TOKENS, new_tokens=STEPS)
+        started = time.process_time()
         reader.read(ids)
-        read = time.perf_counter()
+        read = time.process_time()
         for step in range(STEPS):
             reader.step(ids[:, step])
-        done = time.perf_counter()
+        done = time.process_time()
     return {
         "prefill_seconds": read - started,
         "step_seconds": (done - read) / STEPS,
@@ -54,11 +61,11 @@ def run() -> dict[str, Any]:
     torch.set_num_threads(1)
     backbone = Backbone.load(device="cpu")
     ids = torch.randint(300, 4000, (1, TOKENS), generator=torch.Generator().manual_seed(0))
-    names = [info.name for info in list_methods() if "path" not in method_options(info.name)]  # those need files
-    measure(backbone, "full", ids[:, :TOKENS])  # warm-up
-    runs = [{name: measure(backbone, name, ids) for name in names} for _ in range(ROUNDS)]
+    with tempfile.TemporaryDirectory() as made:
+        measure(backbone, "full", ids, Path(made))  # warm-up
+        runs = [{name: measure(backbone, name, ids, Path(made)) for name in cases()} for _ in range(ROUNDS)]
     cells = []
-    for name in names:
+    for name in cases():
         cell: dict[str, Any] = {"method": name}
         for key in ("prefill_seconds", "step_seconds"):
             seconds = [turn[name][key] for turn in runs]

@@ -1,6 +1,7 @@
 """What a stored unit weighs and what it costs in attention, on the embedded model's own keys and values.
 
     python benchmarks/storage.py --output benchmarks/results/storage.json
+    python benchmarks/storage.py --write        only write the table of stores in docs/storage.md
 
 One generated text is read whole. Keys (before RoPE) and values of all layers are cast to bfloat16, stored, decoded,
 rotated, and attended to by the text's last 64 queries. "bytes" are those of K and V of one unit and KV head, counted
@@ -14,23 +15,29 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from common import provenance
+from common import ROOT, fill, provenance
 from torch import Tensor
 
 from locret.backbone import AttentionCall, Backbone
 from locret.channels import ChannelPruned, channel_scores, kept_channels
 from locret.files import write_text
 from locret.kernels.attention import reference_attention
-from locret.kivi import Kivi
+from locret.kivi import KiviKeys
 from locret.lowrank import LowRank, apply
-from locret.storage import Affine, Codec, Dense, get_codec
+from locret.storage import Affine, Codec, Dense, Stored, get_codec
+from locret.stores import STORES, fixed_bytes, layer_stores, unit_bytes
+from locret.tail import TailStored
 from locret.tasks.build import build
 from locret.tasks.filler import ProseFiller
 
 QUERIES = 64
+PAGE = ROOT / "docs" / "storage.md"
+SHAPE = SimpleNamespace(num_layers=32, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16, device=torch.device("meta"),
+                        attention_modules=None)  # fmt: skip
 
 
 class Layer(NamedTuple):
@@ -84,12 +91,18 @@ def plain(key: Codec, value: Codec) -> Store:
 
 
 def kivi(index: int, layer: Layer, keep: Tensor | None) -> Held:
-    """Without the dense tail, which is a constant and not a price per unit: n is a multiple of the group."""
-    options = Kivi(bits=2, group_size=32, residual=32)
-    keys, values = options.keys(layer.k), Affine(2, 32).encode(layer.v)
+    """Without dense units, which are a constant and not a price per unit: n is a multiple of the residual."""
+    codec, n = KiviKeys(bits=2, group_size=32, residual=32), layer.k.shape[2]
+    at, heads = torch.arange(n).expand(layer.k.shape[:3]), layer.k.shape[1]
+
+    def settled(stored: TailStored, at: Tensor) -> TailStored:
+        return codec.settle(stored, at, newest=n - 1, heads=None, num_heads=heads, queries=None)
+
+    keys, values = settled(codec.encode(layer.k), at), Affine(2, 32).encode(layer.v)
     if keep is not None:
-        keys, values = keys.gather(keep), values.gather(keep)
-    k, v = keys.decode(), Affine(2, 32).decode(values)
+        kept = Stored(keys.parts).gather(keep)
+        keys, values = settled(keys.like(kept.parts), at.gather(2, keep)), values.gather(keep)
+    k, v = codec.decode(keys), Affine(2, 32).decode(values)
     return Held(k, v, keys.nbytes + values.nbytes, k.shape[1] * k.shape[2])
 
 
@@ -122,11 +135,34 @@ def measure(store: Store, exact: Capture, keep: Tensor | None) -> tuple[float, f
     return nbytes / units, sum(errors) / len(errors)
 
 
+def stores_table() -> str:
+    """Bytes of K and V at Llama-3.1-8B's shape; of stores that leave the newest units as they are, also those."""
+    lines = ["| storage | bytes a unit | of dense | and of each KV head, not encoded yet |", "|---" * 4 + "|"]
+    width, dtype = SHAPE.head_dim, SHAPE.dtype
+    for name in STORES:
+        layers = layer_stores(name, SHAPE)  # type: ignore[arg-type]
+        unit = sum(unit_bytes(store, width, dtype) for store in layers) / len(layers)
+        waiting = fixed_bytes(layers[0], width, dtype)
+        whole = unit  # where groups span units: nothing is evicted, groups are full
+        if isinstance(layers[0].k, KiviKeys):
+            whole -= 2 * width * dtype.itemsize * (1 - 1 / layers[0].k.group_size)
+        shown = [f"{unit:g}", f"{unit / (4 * width):.0%}"]
+        if whole < unit:
+            shown = [f"{whole:g} to {unit:g}", f"{whole / (4 * width):.0%} to {unit / (4 * width):.0%}"]
+        lines.append(f"| `{name}` | {' | '.join(shown)} | "
+                     + (f"at most {waiting:,}" if waiting else "") + " |")  # fmt: skip
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=2048, help="tokens of the text; a multiple of 32")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--write", action="store_true", help="write the table of stores, which nothing is measured for")
     args = parser.parse_args()
+    if args.write:
+        fill(PAGE, "stores", stores_table())
+        return
     backbone = Backbone.load()
     tokenizer = backbone.need_tokenizer()
     filler = ProseFiller.from_seed(0, tokenizer)
@@ -141,7 +177,7 @@ def main() -> None:
     }
     for bits in (4, 2):
         codec = Affine(bits, fit="hqq")
-        ways[f"int{bits}, HQQ"] = plain(codec, codec)
+        ways[f"int{bits}, HQQ"] = plain(codec, codec)  # the same groups: what moving the zero does
     ways |= {"KIVI, 2 bits": kivi, "ThinK, half of the key channels": think}
     lowered = apply(Backbone.load(), highest=backbone.head_dim, lowest=backbone.head_dim // 2)
     bases = [[LowRank(c.basis.bfloat16(), c.offset.bfloat16()) for c in pair] for pair in lowered]

@@ -27,6 +27,7 @@ from locret.backbone import AttentionCall, Backbone
 from locret.cache import KVCache, LayerCache, RaggedLayer, Units
 from locret.config import CacheConfig
 from locret.engine import LLM
+from locret.gate import Gate, Gates
 from locret.heads import HeadsConfig, RetainingHeads
 from locret.kernels.attention import reference_attention
 from locret.lococo import ConvMerge, Mergers
@@ -75,6 +76,8 @@ _WEIGHTS = tempfile.TemporaryDirectory()
 
 def small_options(name: str, backbone: Backbone) -> dict[str, Any]:
     """Options that fit tiny models and small chunks; methods that score with published weights get a file of them."""
+    if name == "attention_gate":
+        return dict(path=str(write_gates(Path(_WEIGHTS.name) / "gates", backbone)))
     if name == "lococo":
         return dict(path=str(write_mergers(Path(_WEIGHTS.name) / "mergers", backbone)))
     if name not in PEERS:
@@ -91,6 +94,14 @@ def write_mergers(path: Path, backbone: Backbone, *, slots: int = 5, mix: float 
     for layer in layers:
         layer.mix.data.fill_(mix)
     Mergers(layers, backbone.fingerprint()).save(path)
+    return path
+
+
+def write_gates(path: Path, backbone: Backbone, *, seed: int = 0) -> Path:
+    """A file of random gates for a model."""
+    generator, hidden = torch.Generator().manual_seed(seed), int(backbone.model.config.hidden_size)
+    layers = [Gate(hidden, backbone.num_kv_heads, heads=2, width=4, generator=generator) for _ in backbone.layers]
+    Gates(layers, backbone.fingerprint()).save(path)
     return path
 
 

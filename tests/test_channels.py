@@ -46,6 +46,16 @@ def test_pair_scores_do_not_depend_on_the_rotation():
     assert not torch.allclose(channel_scores(rotate(q, 0.7), rotate(k, 0.7)), channel_scores(q, k))
 
 
+def test_channels_worked_by_hand():
+    """Energies of queries 4 1 0 1 and of keys 1 9 9 1: products 4 9 0 1; pairs (0, 2) and (1, 3): 4 * 10 and 2 * 10."""
+    q, k = (torch.tensor(x).sqrt().view(1, 1, 1, 4) for x in ([4.0, 1, 0, 1], [1.0, 9, 9, 1]))
+    scores, pairs = channel_scores(q, k), channel_scores(q, k, paired=True)
+    torch.testing.assert_close(scores[0, 0], torch.tensor([4.0, 9, 0, 1]))
+    torch.testing.assert_close(pairs[0, 0], torch.tensor([40.0, 20, 40, 20]))
+    assert kept_channels(scores, 0.5).tolist() == [[[0, 1]]]
+    assert kept_channels(pairs, 0.5, paired=True).tolist() == [[[0, 2]]]
+
+
 @pytest.mark.parametrize("paired", [False, True])
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 0.5])
 def test_the_lowest_channels_go_the_same_number_in_every_head(ratio, paired):

@@ -157,8 +157,9 @@ def test_compacting_a_layers_slab_in_place_is_append_and_keep(storage):
 
     new = chunk
     if storage != "dense":
-        k, v = (cache.codec.encode(x) for x in (chunk.k, chunk.v))
-        new = Packed(cache.codec, k, v, {name: x for name, x in chunk.tensors().items() if name not in "kv"})
+        store = cache.stores[0]
+        k, v = store.k.encode(chunk.k), store.v.encode(chunk.v)
+        new = Packed(store, k, v, {name: x for name, x in chunk.tensors().items() if name not in "kv"})
     slab, theirs = twin.slab.tensors(), new.tensors()
     compact([Column(slab[name][:, :, :20], theirs[name], slab[name]) for name in slab], keep)
     for name, column in layer.slab.tensors().items():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from locret.errors import ConfigError
-from locret.kivi import Kivi
+from locret.kivi import KiviKeys
 from locret.storage import (
     CODECS,
     Affine,
@@ -28,6 +28,8 @@ from locret.storage import (
     stored_bytes,
     unpack,
 )
+from locret.stores import layer_store
+from locret.tail import Newest
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
@@ -243,7 +245,7 @@ def test_bytes_are_counted_from_the_tensors_and_equal_the_formula(dtype):
 def test_bad_options_name_what_is_allowed():
     with pytest.raises(ConfigError, match=r"bits is 5; allowed: 2, 4, 8"):
         Affine(5)
-    with pytest.raises(ConfigError, match=r"unknown storage 'int5'; valid: dense, int2, int4, int8"):
+    with pytest.raises(ConfigError, match=r"unknown storage 'int5'; valid: dense, hqq2, .*int2, int4, int8"):
         get_codec("int5")
     with pytest.raises(ConfigError, match=r"group_size 24 does not divide 64; allowed: 1, 2, 4, 8, 16, 32, 64"):
         Affine(4, 24).encode(numbers(3, 64))
@@ -251,10 +253,10 @@ def test_bad_options_name_what_is_allowed():
         Affine(2).encode(numbers(3, 6))
     with pytest.raises(ConfigError, match=r"unknown fit 'minmix'.*did you mean 'minmax'"):
         Affine(4, fit="minmix")
-    with pytest.raises(ConfigError, match=r"residual 40 is no multiple of group_size 32; allowed: 32, 64"):
-        Kivi(residual=40)
+    with pytest.raises(ConfigError, match=r"residual 40 is no multiple of 32; allowed: 32, 64"):
+        KiviKeys(residual=40)
     with pytest.raises(ConfigError, match="bits is 3"):
-        Kivi(bits=3)
+        KiviKeys(bits=3)
 
 
 def test_the_default_group_is_the_largest_divisor_up_to_32():
@@ -277,33 +279,59 @@ def kivi_keys_reference(x: Tensor, bits: int, group: int, residual: int) -> Tens
     return out
 
 
-@pytest.mark.parametrize("n", [0, 7, 16, 40, 70])
+def held(codec, x: Tensor, sizes: list[int] | None = None):
+    """x [B, H, n, D] stored, coming in pieces; (stored, positions)."""
+    stored, at = codec.encode(x[:, :, :0]), torch.arange(x.shape[2]).expand(x.shape[:3])
+    done = 0
+    for piece in x.split(sizes or x.shape[2], 2):
+        done += piece.shape[2]
+        stored = codec.settle(stored.join(codec.encode(piece)), at[..., :done], newest=done - 1, heads=None,
+                              num_heads=x.shape[1], queries=None)  # fmt: skip
+    return stored, at
+
+
+def gathered(stored, keep: Tensor):
+    rows = keep[..., None]
+    return stored.like({name: x.gather(2, rows.expand(*keep.shape, x.shape[-1])) for name, x in stored.parts.items()})
+
+
+@pytest.mark.parametrize("n", [1, 7, 16, 40, 70])
 def test_kivi_keys_are_those_of_plain_loops(n):
-    x = numbers(n, 8, dtype=torch.float64)
-    got = Kivi(2, 8, 16).keys(x)
-    assert len(got) == n
-    torch.testing.assert_close(got.decode(), kivi_keys_reference(x, 2, 8, 16))
+    x = numbers(2, 3, n, 8, dtype=torch.float64)
+    codec = KiviKeys(2, 8, 16)
+    stored, _ = held(codec, x)
+    assert len(stored) == n
+    for b in range(2):
+        for h in range(3):
+            torch.testing.assert_close(codec.decode(stored)[b, h], kivi_keys_reference(x[b, h], 2, 8, 16))
 
 
-@pytest.mark.parametrize("n", [0, 7, 16, 40])
+def test_a_group_of_keys_worked_by_hand():
+    """Two bits, four units: channel 0 spans 0 .. 3, so steps of 1; channel 1 is constant; channel 2 spans 2 .. 8."""
+    x = torch.tensor([[0.0, 1, 2, 0], [1.4, 1, 8, 0], [2.6, 1, 4.9, 0], [3.0, 1, 5.1, 0], [9.9, 9, 9, 9]])
+    codec = KiviKeys(2, 4, 4)
+    stored, _ = held(codec, x.view(1, 1, 5, 4))
+    want = [[0.0, 1, 2, 0], [1.0, 1, 8, 0], [3.0, 1, 4, 0], [3.0, 1, 6, 0], [9.9, 9, 9, 9]]
+    torch.testing.assert_close(codec.decode(stored)[0, 0], torch.tensor(want))
+    assert stored.tables["scale"].tolist() == [[1.0, 0.0, 2.0, 0.0]]
+    assert stored.tables["zero"].tolist() == [[0.0, 1.0, 2.0, 0.0]]
+
+
+@pytest.mark.parametrize("n", [1, 7, 16, 40])
 def test_kivi_values_are_quantised_per_unit_as_they_age(n):
-    x = numbers(n, 16)
-    got = Kivi(4, 8, 16).values(x)
-    old = max(0, n - 16)
-    assert len(got) == n
-    assert torch.equal(got.decode()[old:], x[old:])
-    assert torch.equal(got.decode()[:old], Affine(4, 8).decode(Affine(4, 8).encode(x[:old])))
+    x = numbers(1, 2, n, 16)
+    codec, old = Newest(Affine(4, 8), 16), max(0, n - 16)
+    got = codec.decode(held(codec, x)[0])
+    assert torch.equal(got[:, :, old:], x[:, :, old:])
+    assert torch.equal(got[:, :, :old], Affine(4, 8).decode(Affine(4, 8).encode(x[:, :, :old])))
 
 
 @pytest.mark.parametrize("sizes", [[70], [1] * 70, [33, 16, 21], [16, 54]])
 def test_how_units_came_in_makes_no_difference(sizes):
-    x = numbers(2, 70, 16, dtype=torch.bfloat16)
-    options = Kivi(2, 8, 16)
-    for store in (options.keys, options.values):
-        whole, parts = store(x), store(x[:, :0])
-        for piece in x.split(sizes, 1):
-            parts = parts.append(piece)
-        assert torch.equal(parts.decode(), whole.decode())
+    x = numbers(2, 2, 70, 16, dtype=torch.bfloat16)
+    for codec in (KiviKeys(2, 8, 16), Newest(Affine(2, 8), 16)):
+        whole, parts = held(codec, x)[0], held(codec, x, sizes)[0]
+        assert torch.equal(codec.decode(parts), codec.decode(whole))
         assert parts.nbytes == whole.nbytes
 
 
@@ -311,45 +339,53 @@ def test_how_units_came_in_makes_no_difference(sizes):
 def test_evicting_changes_no_other_unit(share):
     """Eviction across groups of keys: those that stay decode to the bits they had, and may be evicted from again."""
     x = numbers(2, 3, 150, 16)
-    options = Kivi(2, 8, 32)
     g = torch.Generator().manual_seed(2)
-    for store in (options.keys, options.values):
-        held = store(x)
-        want = held.decode()
+    for codec in (KiviKeys(2, 8, 32), Newest(Affine(2, 8), 32)):
+        stored, at = held(codec, x)
+        want = codec.decode(stored)
         for step in range(2):
-            old = len(held) - held.tail.shape[-2]
-            count = max(1, int(old * share))
-            keep = torch.stack([torch.randperm(old, generator=g)[:count].sort().values for _ in range(6)])
+            count = max(1, int(len(stored) * share))
+            keep = torch.stack([torch.randperm(len(stored), generator=g)[:count].sort().values for _ in range(6)])
             keep = keep.view(2, 3, count)
-            held = held.gather(keep)
-            tail = want.shape[2] - old
-            want = torch.cat(
-                (want.gather(2, keep[..., None].expand(2, 3, count, 16)), want[:, :, want.shape[2] - tail :]), 2
-            )
-            assert torch.equal(held.decode(), want), step
-        more = held.append(x[:, :, :40])
-        assert torch.equal(more.decode()[:, :, :count], want[:, :, :count])
+            at = at.gather(2, keep)
+            codes = stored.row.gather(2, keep) >= 0
+            stored = codec.settle(gathered(stored, keep), at, newest=149, heads=None, num_heads=3, queries=None)
+            want = want.gather(2, keep[..., None].expand(2, 3, count, 16))
+            assert torch.equal(codec.decode(stored)[codes], want[codes]), step
+            want = codec.decode(stored)  # dense ones may be codes now
+        rows = int((stored.row < 0).sum())
+        assert len(stored.tables["tail"]) == rows
 
 
 def test_kivi_bytes_equal_the_formula_and_eviction_frees_tables():
-    """2 n D b / 8 + 2 * 2 * (itemsize n D / g) for n in whole residuals, and an index of four bytes a unit."""
+    """2 n D b / 8 + 2 * 2 * (itemsize n D / g) for n in whole residuals, and row numbers of four bytes a unit."""
     n, d = 256, 64
-    x = numbers(n, d, dtype=torch.float16)
-    keys, values = Kivi(2, 32, 128).keys(x), Kivi(2, 32, 128).values(x)
-    assert keys.nbytes == n * d * 2 // 8 + 2 * 2 * n * d // 32 + 4 * n
-    assert values.nbytes == (n - 128) * (d * 2 // 8 + 2 * 2 * d // 32) + 128 * d * 2
-    first = keys.gather(torch.arange(64))
-    assert first.nbytes == 64 * d * 2 // 8 + 2 * 2 * 64 * d // 32 + 4 * 64  # two of eight groups are left
-    spread = keys.gather(torch.arange(0, 256, 32))  # eight units, one of each group
-    assert spread.nbytes > 8 * d * 2  # more than dense: what the module's header warns of
+    x = numbers(1, 1, n, d, dtype=torch.float16)
+    keys = KiviKeys(2, 32, 128)
+    stored, at = held(keys, x)
+    assert stored.nbytes == n * d * 2 // 8 + 2 * 2 * n * d // 32 + 4 * n
+    values = held(Newest(Affine(2, 32), 128), x)[0]
+    assert values.nbytes == n * (d * 2 // 8 + 2 * 2 * d // 32 + 4) + 128 * d * 2
+
+    def evicted(keep):
+        keep = keep.view(1, 1, -1)
+        at_keep = at.gather(2, keep)
+        return keys.settle(gathered(stored, keep), at_keep, newest=255, heads=None, num_heads=1, queries=None)
+
+    assert evicted(torch.arange(64)).nbytes == 64 * d * 2 // 8 + 2 * 2 * 64 * d // 32 + 4 * 64  # two of eight groups
+    spread = evicted(torch.arange(0, 256, 32))  # eight units, one of each group
+    assert spread.nbytes == 8 * keys.unit_bytes(d, torch.float16) > 8 * d * 2  # more than dense, as the header warns
 
 
-def test_minikv_is_kivi_with_groups_of_16():
+def test_minikv_is_kivi_with_groups_of_16_behind_an_eviction():
     """arXiv:2411.18077: eviction first, then 2-bit sub-channel groups of 16; the composition is the parts in a row."""
-    x = numbers(200, 16, dtype=torch.float64)
-    keep = torch.arange(0, 200, 2)
-    got = Kivi(bits=2, group_size=16, residual=32).keys(x[keep]).decode()
-    torch.testing.assert_close(got, kivi_keys_reference(x[keep], 2, 16, 32))
+    x = numbers(1, 1, 256, 16, dtype=torch.float64)
+    keep = torch.arange(0, 256, 2)
+    codec = layer_store("minikv").k
+    fresh = codec.encode(x)
+    kept = keep.view(1, 1, -1)
+    got = codec.settle(gathered(fresh, kept), kept, newest=255, heads=None, num_heads=1, queries=None)
+    torch.testing.assert_close(codec.decode(got)[0, 0], kivi_keys_reference(x[0, 0, keep], 2, 16, 128))
 
 
 # ---------------------------------------------------------------------- others' code as an oracle, and the GPU

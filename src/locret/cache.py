@@ -10,12 +10,14 @@ Every unit carries its score, its original position, whether the caller protecte
 them, numbers of the method's own; all of them move with it. Keys are stored before RoPE: which angle a unit gets is
 decided when it is read.
 
-A slab holds K and V as they are, or as a codec stores them (`storage`). Then a unit is encoded once, when it comes in,
-and decoded for one layer's turn; codes are what is gathered and kept, so no unit is ever encoded twice. A chunk's own
-attention sees its units as they are, later chunks see them as stored. A unit that others are merged into is a new one.
+A slab holds K and V as they are, or as the codecs of a layer store them (`stores`). Then a unit is encoded once, when
+it comes in or, where a store leaves the newest as they are, when it has aged (`tail`), and decoded for one layer's
+turn; codes are what is gathered and kept, so no unit is ever encoded twice. A chunk's own attention sees its units as
+they are, later chunks see them as stored. A unit that others are merged into is a new one.
 
 Layers may have budgets of their own. In a `RaggedLayer` the KV heads have too: its units lie head after head in one
-flat slab of the same size, and are padded on the left, in memory that lives for one layer's turn, while they are read.
+flat slab of the same size, and are padded on the left, in memory that lives for one layer's turn, while they are
+read.
 
 Shapes: B batch, Hkv KV heads, S units, D head dim, N numbers of the method's own.
 """
@@ -31,8 +33,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from locret import stores
 from locret.kernels.compact import Column, compact, compact_scratch
-from locret.storage import Codec, Stored, allocate, get_codec, stored_bytes
+from locret.storage import Stored, allocate
+from locret.stores import Holder, Store, layer_store
+from locret.tail import Tailed, TailStored
 
 NAMES = ("k", "v", "score", "position", "protected", "state")
 
@@ -83,6 +88,10 @@ class Table(ABC):
     def flat(self) -> Self:
         """One head that holds the units of all heads, head after head: [B, 1, Hkv * S, ...]."""
         return self.map(lambda tensor: tensor.flatten(1, 2).unsqueeze(1))
+
+    def take_rows(self, indices: Tensor) -> Self:
+        """Some of the sequences, in fresh memory. indices: int64, [rows]."""
+        return self.map(lambda tensor: tensor.index_select(0, indices))
 
     @property
     def nbytes(self) -> int:
@@ -135,42 +144,87 @@ class Units(Table):
 
 @dataclass
 class Packed(Table):
-    """Units whose K and V are as a codec stores them."""
+    """Units whose K and V are as a store holds them. Tables that units share (`tail`) are no tensors of this table."""
 
-    codec: Codec
+    store: Store
     k: Stored
     v: Stored
     rest: dict[str, Tensor]  # score, position, protected, state
 
     @classmethod
     def empty(
-        cls, codec: Codec, batch: int, heads: int, units: int, head_dim: int, dtype: torch.dtype,
+        cls, store: Store, batch: int, heads: int, units: int, head_dim: int, dtype: torch.dtype,
         device: torch.device, state: int = 0,
     ) -> Packed:  # fmt: skip
         rest = Units.empty(batch, heads, units, 0, dtype, device, state).tensors()
         del rest["k"], rest["v"]
-        k, v = (allocate(codec, batch, heads, units=units, head_dim=head_dim, dtype=dtype, device=device)
-                for _ in range(2))  # fmt: skip
-        return cls(codec, k, v, rest)
+        k, v = (allocate(x, batch, heads, units=units, head_dim=head_dim, dtype=dtype, device=device) for x in store)
+        return cls(store, k, v, rest)
 
     def tensors(self) -> dict[str, Tensor]:
         parts = {f"{name}.{part}": x for name in ("k", "v") for part, x in getattr(self, name).parts.items()}
         return parts | self.rest
 
     def like(self, tensors: dict[str, Tensor]) -> Packed:
-        k, v = (Stored({part: tensors[f"{name}.{part}"] for part in self.k.parts}) for name in ("k", "v"))
-        return Packed(self.codec, k, v, {name: tensors[name] for name in self.rest})
+        k, v = (x.like({part: tensors[f"{name}.{part}"] for part in x.parts}) for name, x in self._held())
+        return Packed(self.store, k, v, {name: tensors[name] for name in self.rest})
+
+    def write(self, start: int, units: Self) -> None:
+        super().write(start, units)
+        self._share(units.tables())
+
+    def tables(self) -> dict[str, Tensor]:
+        """Those that units share, by name."""
+        return {f"{name}.table.{key}": table for name, x in self._held() if isinstance(x, TailStored)
+                for key, table in x.tables.items()}  # fmt: skip
+
+    def take_rows(self, indices: Tensor) -> Packed:
+        taken = self.map(lambda tensor: tensor.index_select(0, indices))
+        for name, x in self._held():
+            if isinstance(x, TailStored):
+                setattr(taken, name, x.take_rows(indices))
+        return taken
 
     def units(self) -> Units:
-        return Units(self.codec.decode(self.k), self.codec.decode(self.v), **self.rest)
+        return Units(self.store.k.decode(self.k), self.store.v.decode(self.v), **self.rest)
 
     def join(self, new: Units) -> tuple[Packed, Units]:
         theirs = new.tensors()
         rest = {name: torch.cat((mine, theirs[name]), 2) for name, mine in self.rest.items()}
-        k, v = (Stored.cat((mine, self.codec.encode(x))) for mine, x in ((self.k, new.k), (self.v, new.v)))
+        k, v = (
+            mine.join(codec.encode(theirs[name])) for codec, (name, mine) in zip(self.store, self._held(), strict=True)
+        )
         old = self.units()
         dense = Units(torch.cat((old.k, new.k), 2), torch.cat((old.v, new.v), 2), **rest)
-        return Packed(self.codec, k, v, rest), dense
+        return Packed(self.store, k, v, rest), dense
+
+    def settled(self, newest: Tensor, num_heads: int, heads: Tensor | None, queries: Tensor | None) -> Packed:
+        """With all aged units encoded (`Tailed.settle`); itself where units are encoded as they come in."""
+        if not any(isinstance(codec, Tailed) for codec in self.store):
+            return self
+        k, v = (
+            codec.settle(x, self.rest["position"], newest=newest, heads=heads, num_heads=num_heads, queries=queries)
+            if isinstance(codec, Tailed) and isinstance(x, TailStored) else x
+            for codec, (_, x) in zip(self.store, self._held(), strict=True)
+        )  # fmt: skip
+        return Packed(self.store, k, v, self.rest)
+
+    def restore(self, tables: dict[str, Tensor]) -> None:
+        """Take saved tables, where this store has any."""
+        device = self.rest["score"].device
+        self._share({name: tables[name].to(device) for name in self.tables()})
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + sum(table.untyped_storage().nbytes() for table in self.tables().values())
+
+    def _held(self) -> tuple[tuple[str, Stored], tuple[str, Stored]]:
+        return ("k", self.k), ("v", self.v)
+
+    def _share(self, tables: dict[str, Tensor]) -> None:
+        for name, x in self._held():
+            if isinstance(x, TailStored):
+                setattr(self, name, x.like(x.parts, {key: tables[f"{name}.table.{key}"] for key in x.tables}))
 
 
 def _take(tensor: Tensor, keep: Tensor) -> Tensor:
@@ -185,9 +239,10 @@ def _write(slab: Units | Packed, start: int, units: Units | Packed) -> None:
     slab.write(start, units)  # type: ignore[arg-type]
 
 
-def unit_bytes(head_dim: int, dtype: torch.dtype, state: int = 0, storage: str = "dense") -> int:
-    """Bytes of one unit: K and V as stored, score, position, flag and the method's own numbers."""
-    return 2 * stored_bytes(get_codec(storage), head_dim, dtype) + 4 + 8 + 1 + 4 * state
+def unit_bytes(head_dim: int, dtype: torch.dtype, state: int = 0, storage: str | Store = "dense") -> int:
+    """Bytes of one unit, at most: K and V as stored, score, position, flag and the method's own numbers."""
+    store = layer_store(storage) if isinstance(storage, str) else storage
+    return stores.unit_bytes(store, head_dim, dtype) + 4 + 8 + 1 + 4 * state
 
 
 @dataclass
@@ -198,9 +253,15 @@ class LayerCache:
     window: int | None = None  # a sliding-window layer keeps its last window - 1 units and takes no budget
     held: int = 0
     evicted: bool = False  # False: original positions are still 0, 1, 2 ...
+    newest: Tensor | None = None  # position of the token appended last, kept or not
     _joined: Units | None = field(default=None, repr=False)  # old units and the chunk's, between append and keep
     _source: Units | Packed | None = field(default=None, repr=False)  # the same, as stored
+    _queries: Tensor | None = field(default=None, repr=False)  # of the chunk, for stores that choose by them
     _beside: Units | None = field(default=None, repr=False)  # a chunk that was not joined, between beside and keep
+
+    def watch(self, q: Tensor) -> None:
+        """The chunk's queries before RoPE, [B, Hq, C, D], for the time until its units are settled."""
+        self._queries = q if isinstance(self.slab, Packed) else None
 
     def units(self) -> Units:
         """The units in use: a view, or decoded."""
@@ -234,11 +295,13 @@ class LayerCache:
 
     def tensors(self) -> dict[str, Tensor]:
         """What `restore` needs, by name: for files."""
-        return self.slab[slice(0, self.held)].tensors()
+        return _saved(self.slab[slice(0, self.held)])
 
     def restore(self, tensors: dict[str, Tensor], *, evicted: bool) -> None:
         """Fill an empty slab with saved units."""
         units = self.slab.like({name: tensors[name].to(mine.device) for name, mine in self.slab.tensors().items()})
+        if isinstance(units, Packed):
+            units.restore(tensors)
         _write(self.slab, 0, units)
         self.held, self.evicted = len(units), evicted
 
@@ -248,7 +311,7 @@ class LayerCache:
 
     def take_rows(self, indices: Tensor) -> None:
         """Only some of the sequences stay. indices: int64, [rows]."""
-        self.slab = self.slab.map(lambda tensor: tensor.index_select(0, indices))
+        self.slab = self.slab.take_rows(indices)
 
     def append(self, new: Units, workspace: Units | None) -> Units:
         """Put a chunk behind the held units; returns all of them. They stay where they are until `keep` or `settle`."""
@@ -279,9 +342,9 @@ class LayerCache:
             mine: Tensor = getattr(self._joined, name)
             if isinstance(self._source, Packed):
                 stored: Stored = getattr(self._source, name)
-                other, fresh = (new != mine).any(-1, keepdim=True), self._source.codec.encode(new)
-                for part, tensor in stored.parts.items():
-                    tensor.copy_(torch.where(other, fresh.parts[part], tensor))
+                codec: Holder = getattr(self._source.store, name)
+                changed = (new != mine).any(-1, keepdim=True)
+                setattr(self._source, name, stored.replaced(changed, codec.encode(new)))
             mine.copy_(new)
 
     def keep(self, keep: Tensor) -> None:
@@ -292,7 +355,7 @@ class LayerCache:
             self._done(keep.shape[-1])
             return
         assert self._source is not None
-        _write(self.slab, 0, self._source.gather(keep))  # gathered first: source and target may overlap
+        _write(self.slab, 0, self._aged(self._source.gather(keep)))  # gathered first: source and target may overlap
         self.evicted = True
         self._done(keep.shape[-1])
 
@@ -300,7 +363,7 @@ class LayerCache:
         """Of the appended units only the last `count` stay."""
         assert self._source is not None
         last = self._source[slice(len(self._source) - count, None)]
-        _write(self.slab, 0, last.map(torch.clone))  # source and target may overlap
+        _write(self.slab, 0, self._aged(last.map(torch.clone)))  # source and target may overlap
         self.evicted = True
         self._done(count)
 
@@ -309,7 +372,9 @@ class LayerCache:
         assert self._source is not None
         assert len(self._source) <= len(self.slab)
         if isinstance(self._source, Packed):
-            _write(self.slab, self.held, self._source[slice(self.held, None)])
+            aged = self._aged(self._source)
+            start = self.held if aged is self._source else 0  # older units may have become codes
+            _write(self.slab, start, aged[slice(start, None)])
         self._done(len(self._source))
 
     def reopen(self) -> Units:
@@ -317,6 +382,17 @@ class LayerCache:
         self._source = self.slab[slice(0, self.held)]
         self._joined = self._source.units()
         return self._joined
+
+    def _aged(self, units: Units | Packed, heads: Tensor | None = None) -> Units | Packed:
+        """`Packed.settled`. heads: KV head of every unit, [B, 1, n], in a flat slab."""
+        if not isinstance(units, Packed):
+            return units
+        assert self.newest is not None, "KVCache.append notes it"
+        return units.settled(self.newest, self.heads, heads, self._queries)
+
+    @property
+    def heads(self) -> int:
+        return self.slab.tensors()["score"].shape[1]
 
     def compact_bytes(self, keep: int) -> int:
         """Memory that keeping so many of the units beside each other takes for a moment."""
@@ -327,7 +403,11 @@ class LayerCache:
         return [Column(mine[:, :, : self.held], theirs[name], mine) for name, mine in slab.items() if mine.numel()]
 
     def _done(self, held: int) -> None:
-        self.held, self._source, self._joined, self._beside = held, None, None, None
+        self.held, self._source, self._joined, self._beside, self._queries = held, None, None, None, None
+
+
+def _saved(units: Units | Packed) -> dict[str, Tensor]:
+    return units.tensors() | (units.tables() if isinstance(units, Packed) else {})
 
 
 @dataclass
@@ -401,15 +481,15 @@ class RaggedLayer(LayerCache):
 
     def _store(self, keep: Tensor) -> None:
         assert self._source is not None
-        _write(self.slab, 0, self._source.flat().gather(keep[:, None]))
         head = torch.div(keep, len(self._source), rounding_mode="floor")
+        _write(self.slab, 0, self._aged(self._source.flat().gather(keep[:, None]), head[:, None]))
         self.lengths = torch.zeros_like(self.lengths).scatter_add_(1, head, torch.ones_like(keep))
         self.longest = int(self.lengths.max())  # waits for the device: the next chunk's shapes depend on it
         self._done(keep.shape[1] // self.heads)
 
     def tensors(self) -> dict[str, Tensor]:
         flat = self.slab[slice(0, self.heads * self.held)]
-        return {**flat.tensors(), "lengths": self.lengths}
+        return {**_saved(flat), "lengths": self.lengths}
 
     def restore(self, tensors: dict[str, Tensor], *, evicted: bool) -> None:
         super().restore(tensors, evicted=evicted)
@@ -432,17 +512,18 @@ class KVCache:
         state: numbers of the method's own per unit.
         ragged: the KV heads of a layer share its capacity and may keep different numbers of units.
         spare: room in every slab for a chunk that is evicted from after the forward pass only.
-        storage: the codec that slabs hold K and V in.
+        storage: what slabs hold K and V in, the name of a store or one store a layer (`stores.layer_stores`).
         joins: chunks that overflow a slab are put behind its units, in the workspace; False: they stay beside them.
     """
 
     def __init__(
         self, *, windows: list[int | None], batch: int, num_kv_heads: int, head_dim: int,
         capacity: int | Sequence[int] | None, chunk_size: int, dtype: torch.dtype, device: torch.device,
-        initial: int = 0, state: int = 0, ragged: bool = False, spare: int = 0, storage: str = "dense",
-        joins: bool = True,
+        initial: int = 0, state: int = 0, ragged: bool = False, spare: int = 0,
+        storage: str | Sequence[Store] = "dense", joins: bool = True,
     ) -> None:  # fmt: skip
-        self.codec = None if storage == "dense" else get_codec(storage)
+        chosen = [layer_store(storage)] * len(windows) if isinstance(storage, str) else list(storage)
+        self.stores = None if all(store == layer_store("dense") for store in chosen) else chosen
         self.capacity = capacity
         self.joins = joins
         self.chunk_size = chunk_size
@@ -452,22 +533,24 @@ class KVCache:
         each = [initial if capacity is None else capacity] * len(windows) if not isinstance(capacity, Sequence) else (
             capacity)  # fmt: skip
         self.layers: list[LayerCache] = []
-        for units, window in zip(each, windows, strict=True):
+        for index, (units, window) in enumerate(zip(each, windows, strict=True)):
             if ragged and window is None:
                 lengths = torch.zeros(batch, num_kv_heads, dtype=torch.int64, device=device)
-                self.layers.append(RaggedLayer(self._new(num_kv_heads * units, heads=1), lengths=lengths))
+                self.layers.append(RaggedLayer(self._new(index, num_kv_heads * units, heads=1), lengths=lengths))
             else:
-                self.layers.append(LayerCache(self._new(units + spare if window is None else window - 1), window))
+                room = units + spare if window is None else window - 1
+                self.layers.append(LayerCache(self._new(index, room), window))
         joins = joins and capacity is not None and not ragged and not spare
         fixed = [len(layer.slab) for layer in self.layers if layer.window is not None or joins]
-        self.workspace = self._dense(max(fixed) + chunk_size) if fixed and self.codec is None else None
+        self.workspace = self._dense(max(fixed) + chunk_size) if fixed and self.stores is None else None
         self.peak_bytes = self.nbytes + self.workspace_bytes
 
     def append(self, index: int, new: Units) -> Units:
         """Put a chunk behind the units of layer `index`; returns all of them."""
         layer = self.layers[index]
+        layer.newest = new.position[0, 0, -1]
         if self.capacity is None and layer.window is None and layer.held + len(new) > len(layer.slab):
-            self._grow(layer, layer.held + len(new))
+            self._grow(index, layer.held + len(new))
         return layer.append(new, self.workspace)
 
     @property
@@ -511,18 +594,20 @@ class KVCache:
             twin.workspace = twin._dense(len(self.workspace))
         return twin
 
-    def _new(self, units: int, heads: int | None = None) -> Units | Packed:
-        if self.codec is None:
+    def _new(self, index: int, units: int, heads: int | None = None) -> Units | Packed:
+        if self.stores is None:
             return self._dense(units, heads)
-        return Packed.empty(self.codec, self._shape[0], heads or self._shape[1], units, self._head_dim, self._dtype,
+        batch, all_heads = self._shape
+        return Packed.empty(self.stores[index], batch, heads or all_heads, units, self._head_dim, self._dtype,
                             self._device, self._state)  # fmt: skip
 
     def _dense(self, units: int, heads: int | None = None) -> Units:
         batch, all_heads = self._shape
         return Units.empty(batch, heads or all_heads, units, self._head_dim, self._dtype, self._device, self._state)
 
-    def _grow(self, layer: LayerCache, needed: int) -> None:
-        larger = self._new(max(needed, len(layer.slab) + len(layer.slab) // 2))
+    def _grow(self, index: int, needed: int) -> None:
+        layer = self.layers[index]
+        larger = self._new(index, max(needed, len(layer.slab) + len(layer.slab) // 2))
         _write(larger, 0, layer.slab[slice(0, layer.held)])
         self.note_scratch(larger.nbytes)  # for a moment the old slab and the new one both exist
         layer.slab = larger

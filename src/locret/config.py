@@ -12,7 +12,10 @@ from locret.errors import ConfigError, unknown
 
 T = TypeVar("T")
 POSITIONS = ("compact", "original")
-STORAGE = ("dense", "int8", "int4", "int2")  # the codecs of `storage`
+STORAGE = (
+    "dense", "int8", "int4", "int2", "quanto4", "quanto2", "hqq8", "hqq4", "hqq2", "kivi4", "kivi2", "minikv", "think",
+    "think-int4", "lorc",
+)  # fmt: skip  # of `stores`
 _BYTE_UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -31,8 +34,8 @@ class CacheConfig:
             the trained window); "original" leaves every unit at the position it was read at.
         decode_interval: decode steps between two evictions once the budget is full; default an eighth of the budget,
             at most 128. The cache is compacted to budget - decode_interval units, so it never exceeds the budget.
-        storage: "dense", or how many bits a number of K and V takes: "int8", "int4", "int2". Each unit is quantised
-            once; a budget in bytes then holds more units.
+        storage: how K and V are held, one of STORAGE (docs/storage.md): as they are, in codes of 8, 4 or 2 bits, with
+            fewer key channels, or at low rank. Each unit is encoded once; a budget in bytes then holds more units.
     """
 
     budget: int | str = 16384

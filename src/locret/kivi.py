@@ -1,38 +1,37 @@
-"""KIVI's layout (arXiv:2402.02750): keys per channel over groups of units, values per unit, a dense tail of each.
+"""KIVI's keys (arXiv:2402.02750): quantised per channel over groups of units. Its values are `tail.Newest`.
 
-Outliers of keys sit in a few channels, so a group is `group_size` consecutive units in one channel. Keys are quantised
-`residual` at a time, when the tail is that long; of the values all but the newest `residual`, one by one as they age.
-Nothing is ever quantised twice, and how the units came in, in chunks or one by one, makes no difference.
+Outliers of keys sit in a few channels, so a group is `group_size` units that follow each other in one KV head, and
+every channel of it has a scale and a zero. Keys are encoded `residual` tokens at a time, once all of them have been
+read, and never again; how they came in, in chunks or one by one, makes no difference. Of tokens that were evicted
+first the others form the groups; what is left over waits, as it is, for the next `residual` tokens.
 
-What it costs: a group's scales outlive all but the last of its units. `gather` keeps every unit's decoded value, by an
-index into the tables, and drops the rows that nobody needs; but where few units of each group stay, their scales weigh
-more than their codes. Under eviction per-unit groups (`storage.Affine`) take fewer bytes; docs/storage.md has numbers.
+What it costs: a group's scales outlive all but the last of its units. Every unit's row number names its group, so
+that an eviction changes no other unit's value, and rows that nobody needs are dropped; but where few units of each
+group stay, their scales weigh more than their codes. Under eviction per-unit groups (`storage.Affine`) take fewer
+bytes; docs/storage.md has numbers.
 
-MiniKV (arXiv:2411.18077) is this with 2 bits and groups of 16 behind an eviction by column sums with pyramid budgets.
-
-Shapes: n units, of which m are quantised and r are in the tail, D head dim, g group size, b bits.
+Shapes: n units, m of them newly aged, D head dim, g group size, b bits.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from locret.errors import ConfigError
-from locret.storage import Affine, Stored, check_bits, dequantise, pack, quantise, unpack
+from locret.storage import check_bits, dequantise, pack, quantise, unpack
+from locret.tail import ROW, Aged, Tailed, TailStored, check_residual
 
 
 @dataclass(frozen=True)
-class Kivi:
-    """Options, with the published code's defaults.
+class KiviKeys(Tailed):
+    """Options, with the published code's defaults. An encoded unit's row number is its group's row of scale and zero.
 
     Attributes:
         bits: 2, 4 or 8.
-        group_size: units that share a key channel's scale, and channels that share a value's.
-        residual: units that stay dense at most; a multiple of `group_size`.
+        group_size: units that share a key channel's scale.
+        residual: tokens that are encoded together; a multiple of `group_size`.
     """
 
     bits: int = 2
@@ -41,117 +40,54 @@ class Kivi:
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
-        if self.group_size < 1 or self.residual < 1 or self.residual % self.group_size:
-            raise ConfigError(f"residual {self.residual} is no multiple of group_size {self.group_size}; "
-                              f"allowed: {self.group_size}, {2 * self.group_size}, ...")  # fmt: skip
-
-    def keys(self, x: Tensor) -> KiviKeys:
-        """Keys [..., n, D], stored."""
-        lead, d = x.shape[:-2], x.shape[-1]
-        codes = x.new_empty(*lead, 0, d * self.bits // 8, dtype=torch.uint8)
-        group = x.new_empty(*lead, 0, dtype=torch.int32)
-        empty = x[..., :0, :]
-        return KiviKeys(self, codes, group, empty, empty, empty).append(x)
-
-    def values(self, x: Tensor) -> KiviValues:
-        """Values [..., n, D], stored."""
-        empty = x[..., :0, :]
-        return KiviValues(self, Affine(self.bits, self.group_size).encode(empty), empty).append(x)
-
-
-@dataclass(frozen=True)
-class KiviKeys:
-    """Keys of one layer; `append` and `gather` return new ones."""
-
-    options: Kivi
-    codes: Tensor  # packed, [..., m, D * b / 8]
-    group: Tensor  # which row of the tables a unit uses, int32 [..., m]
-    scale: Tensor  # [..., rows, D]
-    zero: Tensor  # [..., rows, D]
-    tail: Tensor  # the newest units, [..., r, D], r < residual
-
-    def __len__(self) -> int:
-        return self.codes.shape[-2] + self.tail.shape[-2]
-
-    def append(self, x: Tensor) -> KiviKeys:
-        """Put keys [..., c, D] behind; what fills whole residuals is quantised."""
-        tail = torch.cat((self.tail, x), -2)
-        size, g = self.options.residual, self.options.group_size
-        full = tail.shape[-2] // size * size
-        if full == 0:
-            return dataclasses.replace(self, tail=tail)
-        columns = tail[..., :full, :].unflatten(-2, (-1, g)).mT  # [..., groups, D, g]
-        codes, scale, zero = quantise(columns, self.options.bits)
-        first = self.scale.shape[-2]
-        group = torch.arange(first, first + full // g, device=x.device, dtype=torch.int32).repeat_interleave(g)
-        return dataclasses.replace(
-            self,
-            codes=torch.cat((self.codes, pack(codes.mT.flatten(-3, -2), self.options.bits)), -2),
-            group=torch.cat((self.group, group.expand(*x.shape[:-2], -1)), -1),
-            scale=torch.cat((self.scale, scale), -2),
-            zero=torch.cat((self.zero, zero), -2),
-            tail=tail[..., full:, :].clone(),
-        )
-
-    def gather(self, keep: Tensor) -> KiviKeys:
-        """Of the quantised units those at `keep` [..., k] stay, and the whole tail, which is why `keep` cannot name it.
-
-        Rows of the tables that no unit of any sequence and head uses are dropped: one host synchronisation.
-        """
-        group = self.group.gather(-1, keep)
-        used, row = group.unique(return_inverse=True)  # both sorted: rows keep their order
-        codes = self.codes.gather(-2, keep[..., None].expand(*keep.shape, self.codes.shape[-1]))
-        index = used.long()
-        return dataclasses.replace(
-            self, codes=codes, group=row.int(), scale=self.scale[..., index, :], zero=self.zero[..., index, :]
-        )
-
-    def decode(self) -> Tensor:
-        """Keys [..., n, D] in the dtype they came in."""
-        d = self.tail.shape[-1]
-        row = self.group.long()[..., None].expand(*self.group.shape, d)
-        scale, zero = self.scale.gather(-2, row), self.zero.gather(-2, row)
-        codes = unpack(self.codes, self.options.bits)
-        old = dequantise(codes[..., None], scale, zero)[..., 0]
-        return torch.cat((old, self.tail), -2)
+        check_residual(self.residual, self.group_size)
 
     @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in (self.codes, self.group, self.scale, self.zero, self.tail))
+    def name(self) -> str:
+        return f"kivi{self.bits}"
 
+    def unit_bytes(self, head_dim: int, dtype: torch.dtype) -> int:
+        """A group of its own for every unit: what eviction may leave in the worst case."""
+        return head_dim * self.bits // 8 + 4 + 2 * head_dim * dtype.itemsize
 
-@dataclass(frozen=True)
-class KiviValues:
-    """Values of one layer: groups along D, the newest `residual` units dense."""
+    def fixed_bytes(self, head_dim: int, dtype: torch.dtype) -> int:
+        return (self.residual + self.group_size) * head_dim * dtype.itemsize
 
-    options: Kivi
-    old: Stored
-    tail: Tensor  # [..., r, D], r <= residual
+    def blank(self, x: Tensor) -> dict[str, Tensor]:
+        return {"codes": pack(torch.zeros_like(x, dtype=torch.uint8), self.bits)}
 
-    def __len__(self) -> int:
-        return len(self.old) + self.tail.shape[-2]
+    def tables(self, x: Tensor) -> dict[str, Tensor]:
+        none = x.new_empty(0, x.shape[-1])
+        return {"scale": none, "zero": none}
 
-    def append(self, x: Tensor) -> KiviValues:
-        """Put values [..., c, D] behind; those older than the newest `residual` are quantised."""
-        tail = torch.cat((self.tail, x), -2)
-        aged = max(0, tail.shape[-2] - self.options.residual)
-        if aged == 0:
-            return dataclasses.replace(self, tail=tail)
-        old = Stored.cat((self.old, self._codec.encode(tail[..., :aged, :])))
-        return dataclasses.replace(self, old=old, tail=tail[..., aged:, :].clone())
+    def due(self, position: Tensor, newest: Tensor | int, dense: Tensor, segment: Tensor) -> Tensor:
+        """Tokens of residuals that are complete, as many of each head as fill groups, the oldest first."""
+        whole = (newest + 1) // self.residual * self.residual
+        aged = dense & (position < whole)
+        flat, of = aged.flatten().long(), segment.flatten()
+        counts = torch.zeros(int(of.max()) + 1, dtype=torch.int64, device=of.device).scatter_add_(0, of, flat)
+        rank = flat.cumsum(0) - 1 - (counts.cumsum(0) - counts)[of]  # within the head: heads lie in order
+        return aged & (rank < (counts // self.group_size * self.group_size)[of]).view_as(aged)
 
-    def gather(self, keep: Tensor) -> KiviValues:
-        """Of the quantised units those at `keep` [..., k] stay, and the whole tail."""
-        return dataclasses.replace(self, old=self.old.gather(keep))
+    def encode_aged(self, stored: TailStored, aged: Aged) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        columns = aged.x.unflatten(0, (-1, self.group_size)).mT  # [groups, D, g]
+        codes, scale, zero = quantise(columns, self.bits)
+        first = len(stored.tables["scale"])
+        row = torch.arange(first, first + len(scale), device=scale.device, dtype=torch.int32)
+        tables = {"scale": torch.cat((stored.tables["scale"], scale)), "zero": torch.cat((stored.tables["zero"], zero))}
+        parts = {"codes": pack(codes.mT.flatten(0, 1), self.bits), ROW: row.repeat_interleave(self.group_size)[:, None]}
+        return parts, tables
 
-    def decode(self) -> Tensor:
-        """Values [..., n, D] in the dtype they came in."""
-        return torch.cat((self._codec.decode(self.old), self.tail), -2)
+    def decode_aged(self, stored: TailStored) -> Tensor:
+        codes = unpack(stored.parts["codes"], self.bits)
+        scale, zero = stored.tables["scale"], stored.tables["zero"]
+        if not len(scale):
+            return torch.zeros_like(codes, dtype=scale.dtype)
+        row = stored.row.clamp(min=0).long()
+        return dequantise(codes[..., None], scale[row], zero[row])[..., 0]
 
-    @property
-    def nbytes(self) -> int:
-        return self.old.nbytes + self.tail.nbytes
-
-    @property
-    def _codec(self) -> Affine:
-        return Affine(self.options.bits, self.options.group_size)
+    def needed(self, parts: dict[str, Tensor], tables: dict[str, Tensor]) -> dict[str, Tensor]:
+        encoded = parts[ROW][:, 0] >= 0
+        used, row = parts[ROW][encoded, 0].unique(return_inverse=True)  # both sorted: rows keep their order
+        parts[ROW][encoded, 0] = row.int()
+        return {name: x[used.long()] for name, x in tables.items()}

@@ -1,44 +1,37 @@
 """LoCoCo (arXiv:2406.05317): units that are not heavy hitters are merged, by learned weights, into a few slots.
 
-Of a layer's units the `budget - slots` with the highest scores stay as they are. The m others, the candidates X, become
-`slots` merged units:
+Of a layer's units the `budget - slots` with the highest scores stay as they are. The m others, the candidates X,
+become `slots` merged units:
 
     W_keep = one-hot rows of the candidates with the highest scores, in position order
     W_conv = softmax over the candidates of ReLU(Conv1d([K; V]))        2 D channels in, `slots` out, kernel 21
     W      = (1 - lambda) W_keep + lambda W_conv                         lambda learned, per layer, 0.5 at first
     K' = W K,  V' = W V
 
-so lambda = 0 is plain eviction at the same budget. A layer's convolution is shared by its KV heads. The published code
-merges rotated keys and puts merged units behind the heavy hitters. Here keys are merged before RoPE, and a merged unit
-lies where the candidate of its row of W_keep lay: in the trainer as in the cache, which numbers units anew, so that
-mergers are used as they were trained. Scores are column sums of the attention of the latest chunk, averaged over the
-query group.
+so lambda = 0 is plain eviction at the same budget. A layer's convolution is shared by its KV heads. The published
+code merges rotated keys and puts merged units behind the heavy hitters. Here keys are merged before RoPE, and a
+merged unit lies where the candidate of its row of W_keep lay: in the trainer as in the cache, which numbers units
+anew, so that mergers are used as they were trained. Scores are column sums of the attention of the latest chunk,
+averaged over the query group.
 
 Shapes: B batch, Hq/Hkv heads, n units, m candidates, D head dim, T tokens.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from locret.backbone import AttentionCall, Backbone, Rope
 from locret.errors import BackboneError, ConfigError, DataError, HeadsError
-from locret.files import atomic_write
 from locret.kernels.attention import prefix_causal_attention
+from locret.layerfile import LayerModules
 from locret.reduce import Merged
-
-_FORMAT = "locret-lococo-1"
-_KEY = re.compile(r"(0|[1-9]\d*)\.(conv\.weight|conv\.bias|mix)")
 
 
 class ConvMerge(nn.Module):
@@ -76,69 +69,26 @@ class ConvMerge(nn.Module):
         return key, value
 
 
-class Mergers(nn.ModuleList):
-    """The mergers of all layers and the fingerprint of the model that they were trained on.
+class Mergers(LayerModules):
+    """The mergers of all layers: `{layer}.conv.weight` [slots, 2 D, kernel], `{layer}.conv.bias` [slots] and
+    `{layer}.mix`."""
 
-    A file is safetensors: `{layer}.conv.weight` [slots, 2 D, kernel], `{layer}.conv.bias` [slots], `{layer}.mix` [],
-    and as metadata the format and the fingerprint.
-    """
-
-    def __init__(self, mergers: Iterable[ConvMerge], backbone: dict[str, Any]) -> None:
-        super().__init__(mergers)
-        self.backbone = backbone
+    format: ClassVar[str] = "locret-lococo-1"
+    contents: ClassVar[str] = "mergers"
+    made_by: ClassVar[str] = "locret.lococo.train"
+    keys: ClassVar[tuple[str, ...]] = ("conv.weight", "conv.bias", "mix")
 
     @property
     def slots(self) -> int:
         """Merged units of a layer and KV head."""
         return int(self[0].slots)  # type: ignore[arg-type]
 
-    def save(self, path: str | Path) -> None:
-        """Write one file, in one atomic rename."""
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        about = {"locret": json.dumps({"format": _FORMAT, "backbone": self.backbone})}
-        atomic_write(path, lambda file: save_file(tensors, file, metadata=about))
-
     @classmethod
-    def load(cls, path: str | Path) -> Mergers:
-        """Read what `save` wrote, on the CPU, without gradients.
-
-        Raises: HeadsError: no such file, truncated or another format; a tensor that is missing, extra, of another shape
-            or not finite.
-        """
-        about, tensors = _read(Path(path))
+    def layer(cls, tensors: dict[str, Tensor], about: dict[str, Any], path: Path) -> ConvMerge:
         shape = tensors.get("0.conv.weight", torch.empty(0)).shape
         if len(shape) != 3 or shape[0] < 1 or shape[1] % 2 or shape[2] % 2 == 0:
             raise HeadsError(f"{path}: 0.conv.weight is {list(shape)}; wanted [slots, 2 D, odd kernel]")
-        count = 1 + max(int(name.split(".")[0]) for name in tensors)
-        made = cls((ConvMerge(shape[1] // 2, shape[0], kernel_size=shape[2]) for _ in range(count)), about["backbone"])
-        wanted = {name: value.shape for name, value in made.state_dict().items()}
-        for name in sorted(wanted.keys() | tensors.keys()):
-            if name not in tensors or name not in wanted or tensors[name].shape != wanted[name]:
-                found, right = (list(x[name].shape) if name in x else "missing" for x in (tensors, made.state_dict()))
-                raise HeadsError(f"{path}: {name} is {found}; wanted {right} in a file of {count} layers")
-            if not tensors[name].is_floating_point() or not tensors[name].isfinite().all():
-                raise HeadsError(f"{path}: {name} holds NaN, infinite or whole numbers; train the mergers again")
-        made.load_state_dict(tensors)
-        return made.requires_grad_(False)
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not path.is_file():
-        raise HeadsError(f"{path} is no file; wanted mergers that `locret.lococo.train` made and `save` wrote")
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("locret", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise HeadsError(f"{path} is truncated or no safetensors file: {error}; copy it again") from error
-    if not isinstance(about, dict) or about.get("format") != _FORMAT or not isinstance(about.get("backbone"), dict):
-        raise HeadsError(f"{path} is a safetensors file but holds no mergers of this version ({_FORMAT})")
-    strange = [name for name in tensors if not _KEY.fullmatch(name)]
-    if strange or not tensors:
-        raise HeadsError(
-            f"{path}: unexpected {strange[:3]}; wanted N.conv.weight, N.conv.bias and N.mix of every layer N"
-        )
-    return about, tensors
+        return ConvMerge(shape[1] // 2, shape[0], kernel_size=shape[2])
 
 
 def compress(

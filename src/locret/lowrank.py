@@ -6,8 +6,10 @@ For one KV head with projection W [D, E] = U S V^T, the first r columns of U giv
 
 W_r takes W's place in the model: same class, same shapes, weights of lower rank. Its keys before RoPE and its values
 then *are* U_r times their latents, so `LowRank` stores r numbers for D and decodes exactly. Keys are rotated after
-that. The paper factors a layer's heads together; here each head has a basis of its own, because heads keep different
-units and a latent of all heads could not be evicted by one.
+that. In the cache (`--storage lorc`) the model stays as it is and units are projected when they are stored (`bases`):
+for the same hidden states what is read back is what W_r gives, and a chunk's attention to itself is exact. That is a
+variant. The paper factors a layer's heads together; here each head has a basis of its own, because heads keep
+different units and a latent of all heads could not be evicted by one.
 
 Ranks fall with depth: an early error is amplified by every layer behind it, so where the product of the condition
 numbers from a layer to the last is large, the rank is.
@@ -18,6 +20,8 @@ Shapes: n units, Hkv KV heads, D head dim, E hidden size, r rank.
 from __future__ import annotations
 
 import itertools
+import weakref
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +48,10 @@ class LowRank:
     def name(self) -> str:
         return f"rank{self.basis.shape[-1]}"
 
+    def unit_bytes(self, head_dim: int, dtype: torch.dtype) -> int:
+        """Of one unit and KV head."""
+        return self.basis.shape[-1] * dtype.itemsize
+
     def encode(self, x: Tensor) -> Stored:
         """x [B, Hkv, n, D], keys before RoPE."""
         return Stored({"latent": (x - self.offset) @ self.basis})
@@ -59,16 +67,17 @@ def factor(weight: Tensor, heads: int, rank: int) -> tuple[Tensor, Tensor]:
     Returns: weight of that rank [heads * D, E] and bases [heads, D, rank], both in weight's dtype.
     """
     blocks = weight.double().unflatten(0, (heads, -1))  # [heads, D, E]
-    basis = torch.linalg.svd(blocks, full_matrices=False).U[..., :rank]
+    basis = torch.linalg.eigh(blocks @ blocks.mT).eigenvectors.flip(-1)[..., :rank]  # ascending; D is far below E
     low = basis @ (basis.mT @ blocks)
     return low.flatten(0, 1).to(weight.dtype), basis.to(weight.dtype)
 
 
 def log_condition(weight: Tensor) -> float:
-    """Natural logarithm of the largest over the smallest singular value, at most that of 1 / eps."""
-    values = torch.linalg.svdvals(weight.double())
-    smallest = values[-1].clamp_min(values[0] * torch.finfo(torch.float64).eps)
-    return float((values[0] / smallest).log())
+    """Natural logarithm of the largest over the smallest singular value, at most that of 1 / sqrt(eps)."""
+    wide = weight.double()
+    squares = torch.linalg.eigvalsh(wide @ wide.mT if wide.shape[0] <= wide.shape[1] else wide.mT @ wide)
+    smallest = squares[0].clamp_min(squares[-1] * torch.finfo(torch.float64).eps)
+    return float((squares[-1] / smallest).log()) / 2
 
 
 def progressive_ranks(conditions: list[float], *, highest: int, lowest: int) -> list[int]:
@@ -93,21 +102,52 @@ def apply(backbone: Backbone, *, highest: int, lowest: int) -> list[tuple[LowRan
     Raises: BackboneError: a family without k_proj and v_proj, or that normalises keys behind them;
         ConfigError: ranks outside 1 .. D.
     """
+    codecs = []
+    for pair, rank in zip(*_ranked(backbone, highest, lowest), strict=True):
+        codecs.append(_codecs(pair, backbone.num_kv_heads, rank))
+        for projection in pair:
+            projection.weight.copy_(factor(projection.weight, backbone.num_kv_heads, rank)[0])
+    return codecs
+
+
+_BASES: MutableMapping[nn.Module, list[tuple[LowRank, LowRank]]] = weakref.WeakKeyDictionary()
+
+
+@torch.no_grad()
+def bases(backbone: Backbone) -> list[tuple[LowRank, LowRank]]:
+    """The codecs of K and V per layer for a model that stays as it is; ranks fall from D to D / 2.
+
+    Worked out once a model. A plan's stand-in (`attention_modules` None) has no weights: its ranks fall evenly.
+    Raises: BackboneError: as `apply`.
+    """
+    heads, width, device = backbone.num_kv_heads, backbone.head_dim, backbone.device
+    if backbone.attention_modules is None:
+        ranks = progressive_ranks([1.0] * backbone.num_layers, highest=width, lowest=width // 2)
+        offset = torch.zeros(heads, 1, width, dtype=backbone.dtype, device=device)
+        empty = [LowRank(offset.new_zeros(heads, width, rank), offset) for rank in ranks]
+        return [(codec, codec) for codec in empty]
+    if backbone.model not in _BASES:
+        found = zip(*_ranked(backbone, width, width // 2), strict=True)
+        _BASES[backbone.model] = [_codecs(pair, heads, rank) for pair, rank in found]
+    return _BASES[backbone.model]
+
+
+def _ranked(backbone: Backbone, highest: int, lowest: int) -> tuple[list[tuple[nn.Linear, nn.Linear]], list[int]]:
+    """The projections of every layer, and its rank."""
     if highest > backbone.head_dim:
         raise ConfigError(f"rank {highest} is above the head dim {backbone.head_dim}, which is full rank")
     pairs = [_projections(module) for module in backbone.attention_modules]
     conditions = [sum(log_condition(projection.weight) for projection in pair) for pair in pairs]
-    ranks = progressive_ranks(conditions, highest=highest, lowest=lowest)
-    heads = backbone.num_kv_heads
-    return [
-        (_lower(key, heads, rank), _lower(value, heads, rank))
-        for (key, value), rank in zip(pairs, ranks, strict=True)
-    ]  # fmt: skip
+    return pairs, progressive_ranks(conditions, highest=highest, lowest=lowest)
 
 
-def _lower(projection: nn.Linear, heads: int, rank: int) -> LowRank:
-    low, basis = factor(projection.weight, heads, rank)
-    projection.weight.copy_(low)
+def _codecs(pair: tuple[nn.Linear, nn.Linear], heads: int, rank: int) -> tuple[LowRank, LowRank]:
+    key, value = (_codec(projection, heads, rank) for projection in pair)
+    return key, value
+
+
+def _codec(projection: nn.Linear, heads: int, rank: int) -> LowRank:
+    basis = factor(projection.weight, heads, rank)[1]
     bias = projection.weight.new_zeros(projection.out_features) if projection.bias is None else projection.bias
     return LowRank(basis, bias.detach().unflatten(0, (heads, 1, -1)))
 
@@ -116,7 +156,10 @@ def _projections(module: nn.Module) -> tuple[nn.Linear, nn.Linear]:
     key, value = (getattr(module, name, None) for name in ("k_proj", "v_proj"))
     name = type(module).__name__
     if not isinstance(key, nn.Linear) or not isinstance(value, nn.Linear):
-        raise BackboneError(f"{name} has no linear k_proj and v_proj; low-rank storage needs them apart")
+        raise BackboneError(f"{name} has no linear k_proj and v_proj; low-rank storage needs them apart. Take another "
+                            "storage")  # fmt: skip
+    if not key.weight.is_floating_point() or key.weight.shape != (key.out_features, key.in_features):
+        raise BackboneError(f"k_proj of {name} is quantised; low-rank storage needs its numbers. Take another storage")
     if getattr(module, "k_norm", None) is not None:
         raise BackboneError(f"{name} normalises keys after k_proj; they do not stay in the projection's span")
     return key, value

@@ -29,7 +29,8 @@ from locret.config import CacheConfig, CachePlan
 from locret.errors import BackboneError, ConfigError, HeadsError, unknown
 from locret.methods import Method, find_method
 from locret.prefill import Reader
-from locret.storage import get_codec, stored_bytes
+from locret.stores import Store, fixed_bytes, layer_stores
+from locret.stores import unit_bytes as stored_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HEADS_SIZE = 256  # d_R of retaining heads that are not there yet: the default of `locret train`
@@ -258,6 +259,7 @@ def footprint(
     )
     edges = reader.edges(prompt_len, min(reader.plan.local_window, prompt_len))
     joined = max(_most_joined(held, edges, total) for held in set(units))
+    stores = _stores(shape, config.storage, dtype)
     numbers = 2 * shape.head_dim * dtype.itemsize
     budgeted = {held for held, window in zip(units, shape.windows, strict=True) if window is None}
     beside = (
@@ -267,13 +269,15 @@ def footprint(
     )
     each = shape.num_kv_heads * (
         shape.head_dim * dtype.itemsize  # rotated keys
-        + (numbers + _unit(shape, method, dtype, config.storage) if config.storage != "dense" else 0)
-        + (_unit(shape, method, dtype, "dense") if method.ragged and config.storage == "dense" else 0)
+        + (numbers + _unit(shape, method, dtype, stores) if config.storage != "dense" else 0)
+        + (_unit(shape, method, dtype, stores) if method.ragged and config.storage == "dense" else 0)
     )
+    waiting = max(fixed_bytes(store, shape.head_dim, dtype) for store in stores)  # and a chunk that is not encoded yet
+    scratch = joined * each + shape.num_kv_heads * (waiting + (reader.cache.chunk_size * numbers if waiting else 0))
     reach = max(units) + reader.cache.chunk_size + 1 if reader.plan.positions == "compact" else total + 1
     return Footprint(
-        plan=reader.plan, slabs=reader.cache.nbytes, workspace=reader.cache.workspace_bytes,
-        scratch=max(joined * each, beside),
+        plan=reader.plan, slabs=_slabs(shape, method, reader, stores, dtype), workspace=reader.cache.workspace_bytes,
+        scratch=max(scratch, beside),
         rope=2 * reach * shape.head_dim * dtype.itemsize, units=units,
         chunks=tuple(stop - start for start, stop in itertools.pairwise(edges)),
     )  # fmt: skip
@@ -287,7 +291,7 @@ def _allocate(
     stand_in: Any = SimpleNamespace(
         layers=[LayerSpec(True, window, None) for window in shape.windows], num_kv_heads=shape.num_kv_heads,
         num_q_heads=shape.num_q_heads, num_layers=shape.num_layers, head_dim=shape.head_dim, dtype=dtype,
-        calls=[AttentionCall(1.0, shape.softcap, None)],
+        calls=[AttentionCall(1.0, shape.softcap, None)], attention_modules=None,
         device=torch.device("meta"), rope=lambda length, prompt_len: None,
         model=SimpleNamespace(config=SimpleNamespace(max_position_embeddings=shape.max_length)),
     )  # fmt: skip
@@ -297,8 +301,28 @@ def _allocate(
     )  # fmt: skip
 
 
-def _unit(shape: Shape, method: Method, dtype: torch.dtype, storage: str) -> int:
-    return unit_bytes(shape.head_dim, dtype, len(method.state), storage)
+def _stores(shape: Shape, storage: str, dtype: torch.dtype) -> list[Store]:
+    """Of a model without weights, as `_allocate` has them."""
+    stand_in: Any = SimpleNamespace(
+        num_kv_heads=shape.num_kv_heads, num_layers=shape.num_layers, head_dim=shape.head_dim, dtype=dtype,
+        device=torch.device("meta"), attention_modules=None,
+    )  # fmt: skip
+    return layer_stores(storage, cast(Backbone, stand_in))
+
+
+def _unit(shape: Shape, method: Method, dtype: torch.dtype, stores: list[Store]) -> int:
+    """Of the layer where a unit takes most."""
+    return max(unit_bytes(shape.head_dim, dtype, len(method.state), store) for store in stores)
+
+
+def _slabs(shape: Shape, method: Method, reader: Reader, stores: list[Store], dtype: torch.dtype) -> int:
+    """The cache as allocated and, where a store has tables that grow (`tail`), the most that they can come to."""
+    total = 0
+    for layer, store in zip(reader.cache.layers, stores, strict=True):
+        most = layer.slab.tensors()["score"].numel() * unit_bytes(shape.head_dim, dtype, len(method.state), store)
+        most += shape.num_kv_heads * fixed_bytes(store, shape.head_dim, dtype)
+        total += layer.nbytes + max(0, most - layer.slab.nbytes)
+    return total
 
 
 def _most_joined(capacity: int, edges: list[int], total: int) -> int:
@@ -359,8 +383,9 @@ def decode_work(shape: Shape, one: Footprint, dtype: torch.dtype, *, rows: int, 
 
 
 def _kv(shape: Shape, storage: str, dtype: torch.dtype) -> int:
-    """Bytes of K and V of one unit in all KV heads of a layer."""
-    return shape.num_kv_heads * 2 * stored_bytes(get_codec(storage), shape.head_dim, dtype)
+    """Bytes of K and V of one unit in all KV heads of a layer, on average over layers."""
+    stores = _stores(shape, storage, dtype)
+    return shape.num_kv_heads * sum(stored_bytes(store, shape.head_dim, dtype) for store in stores) // len(stores)
 
 
 # ---------------------------------------------------------------------- the plan
@@ -472,14 +497,19 @@ def _plan(
     chunk = max(one.chunks)
     heads = shape.heads_parameters if method.name == "locret" else 0
     inner = max(3 * shape.intermediate_size, (2 * shape.num_q_heads + 3 * shape.num_kv_heads) * shape.head_dim)
-    unit, dense = _unit(shape, method, kind, config.storage), _unit(shape, method, kind, "dense")
+    stores = _stores(shape, config.storage, kind)
+    units = [unit_bytes(shape.head_dim, kind, len(method.state), store) for store in stores]
+    dense = _unit(shape, method, kind, _stores(shape, "dense", kind))
+    kept = f"{sum(units) / len(units):g} B a unit" + (
+        ", and the newest as they are; at most" if any(fixed_bytes(x, shape.head_dim, kind) for x in stores) else ""
+    )
     widest = max(one.units)
     items = (
         Item("weights", (shape.parameters + heads) * size,
              f"{shape.parameters:,} parameters" + (f" + {heads:,} of retaining heads" if heads else "")
              + f" x {size} B"),
         Item("KV cache", users * (one.slabs + one.rope),
-             f"{users:,} users x ({_units_text(one.units)} units x {shape.num_kv_heads} KV heads x {unit} B a unit "
+             f"{users:,} users x ({_units_text(one.units)} units x {shape.num_kv_heads} KV heads x {kept} "
              f"= {one.slabs:,}, + rotation tables {one.rope:,})"),
         Item("workspace", one.workspace,
              f"({widest:,} units + chunk {chunk:,}) x {shape.num_kv_heads} KV heads x {dense} B, one for all layers"

@@ -34,6 +34,7 @@ from locret.kernels.attention import prefix_causal_attention, two_part_attention
 from locret.methods.base import BIAS, ChunkView, Joined, Method
 from locret.observe import AttentionProbe, surprisal
 from locret.select import check_pins, finite, pin
+from locret.stores import fixed_bytes, layer_stores
 
 Progress = Callable[[int, int], object]
 
@@ -66,13 +67,17 @@ class Reader:
             num_protected: units the caller will mark.
         """
         windows = [layer.window for layer in backbone.layers]
-        each = unit_bytes(backbone.head_dim, backbone.dtype, len(method.state), config.storage) * backbone.num_kv_heads
-        fixed = sum((w - 1) * each for w in windows if w is not None)
+        heads, width, dtype = backbone.num_kv_heads, backbone.head_dim, backbone.dtype
+        held = layer_stores(config.storage, backbone)
+        each = [unit_bytes(width, dtype, len(method.state), store) * heads for store in held]
+        fixed = sum(fixed_bytes(store, width, dtype) * heads for store in held)
+        fixed += sum((w - 1) * size for w, size in zip(windows, each, strict=True) if w is not None)
+        budgeted = sum(size for w, size in zip(windows, each, strict=True) if w is None)
         if method.wants_surprisal:
-            fixed += windows.count(None) * each * (config.chunk_size or 3072)
+            fixed += budgeted * (config.chunk_size or 3072)
         if method.ragged:
-            fixed += windows.count(None) * backbone.num_kv_heads * 8  # their lengths
-        plan = config.resolve(prompt_len=prompt_len, unit_bytes=max(1, windows.count(None)) * each, fixed_bytes=fixed,
+            fixed += windows.count(None) * heads * 8  # their lengths
+        plan = config.resolve(prompt_len=prompt_len, unit_bytes=budgeted or max(each), fixed_bytes=fixed,
                               num_protected=num_protected)  # fmt: skip
         if not method.evicts:
             plan = dataclasses.replace(plan, budget=None, num_sinks=0, num_stabilizers=0, local_window=0)
@@ -104,7 +109,7 @@ class Reader:
             windows=windows, batch=batch, num_kv_heads=backbone.num_kv_heads, head_dim=backbone.head_dim,
             capacity=capacity, chunk_size=chunk, dtype=backbone.dtype, device=backbone.device, initial=initial,
             state=len(method.state), ragged=method.ragged, spare=chunk if method.wants_surprisal else 0,
-            storage=plan.storage, joins=_joins(backbone, method),
+            storage=layer_stores(plan.storage, backbone), joins=_joins(backbone, method),
         )  # fmt: skip
         # families with length-dependent frequencies choose them once, by the longest position they will be shown
         longest, reach = prompt_len or model_length(backbone.model), initial + chunk
@@ -244,6 +249,7 @@ class ChunkPass:
         units = self.cache.append(
             layer, self._new_units(k, v, method.score(view) if early else k.new_zeros(k.shape[:3]))
         )
+        held.watch(q)
         padding = held.padding
         q_rotated, keys = self._rotate(layer, held, q, units, before, padding)
         bias = self._bias(units, padding) if window is None else None

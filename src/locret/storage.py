@@ -2,16 +2,16 @@
 
 A codec turns K or V, [..., n, D], into a `Stored`: a few tensors that all have their n units on axis -2. Quantisation
 groups lie inside one unit, along D, so a unit's bytes depend on that unit alone: which units are evicted, gathered or
-put behind it never changes what it decodes to, and encoding in chunks is encoding at once. (KIVI's keys, per channel
-over groups of units, lie in `kivi` because they do not have that property.)
+put behind it never changes what it decodes to, and encoding in chunks is encoding at once. (Codecs that leave the
+newest units as they are lie in `tail`, and those whose groups span units in `kivi`.)
 
 Asymmetric affine codes of b bits, as in KIVI (arXiv:2402.02750), quanto and HQQ:
 
     zero = min(group);  scale = (max(group) - min(group)) / (2**b - 1);  code = round((x - zero) / scale)
     decoded = code * scale + zero,  |x - decoded| <= scale / 2
 
-scale and zero are kept in the dtype of x. A group's minimum is one of its numbers, so as a zero it is exact; the scale
-is rounded up, so that the codes still reach the maximum and half a step bounds the error in bfloat16 too.
+scale and zero are kept in the dtype of x. A group's minimum is one of its numbers, so as a zero it is exact; the
+scale is rounded up, so that the codes still reach the maximum and half a step bounds the error in bfloat16 too.
 
 Codes are packed in planes: with b = 4, byte j holds channels j and j + D / 2, which is also the pair that RoPE's
 half-rotation mixes; with b = 2 channels j, j + D / 4, j + D / 2 and j + 3 D / 4.
@@ -61,6 +61,18 @@ class Stored:
         for name, part in self.parts.items():
             part[..., start : start + len(units), :] = units.parts[name]
 
+    def like(self, parts: dict[str, Tensor]) -> Stored:
+        """Other units, held the same way."""
+        return Stored(parts)
+
+    def join(self, new: Stored) -> Stored:
+        """New units behind these, in fresh memory."""
+        return Stored.cat((self, new))
+
+    def replaced(self, other: Tensor, new: Stored) -> Stored:
+        """With the units at `other`, bool [..., n, 1], from `new`, in fresh memory."""
+        return self.like({name: torch.where(other, new.parts[name], part) for name, part in self.parts.items()})
+
     @staticmethod
     def cat(pieces: Iterable[Stored]) -> Stored:
         """Pieces of one codec, one behind the other."""
@@ -103,7 +115,7 @@ class Affine:
 
     Attributes:
         bits: 2, 4 or 8.
-        group_size: channels that share a scale and a zero; default: the largest divisor of D up to 32.
+        group_size: channels that share a scale and a zero; default: the largest divisor of D up to `widest`.
         fit: "minmax", or "hqq": the zero is refined for a small p-norm of the error, p = 0.7, with the scale fixed
             (half-quadratic quantisation, mobiusml.github.io/hqq_blog). Then a few numbers may miss by over half a step.
     Raises: ConfigError: other bits or fits, or, at the first `encode`, a group size or width that does not divide D.
@@ -112,6 +124,7 @@ class Affine:
     bits: int
     group_size: int | None = None
     fit: str = "minmax"
+    widest: int = DEFAULT_GROUP
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
@@ -120,10 +133,11 @@ class Affine:
 
     @property
     def name(self) -> str:
-        return f"int{self.bits}"
+        kind = "hqq" if self.fit == "hqq" else "int" if self.widest == DEFAULT_GROUP else "quanto"
+        return f"{kind}{self.bits}"
 
     def encode(self, x: Tensor) -> Stored:
-        group = group_size(x.shape[-1], self.group_size)
+        group = group_size(x.shape[-1], self.group_size, self.widest)
         codes, scale, zero = quantise(x.unflatten(-1, (-1, group)), self.bits, self.fit)
         return Stored({"codes": pack(codes.flatten(-2), self.bits), "scale": scale, "zero": zero})
 
@@ -142,14 +156,14 @@ def check_bits(bits: int) -> None:
         raise ConfigError(f"bits is {bits!r}; allowed: {', '.join(map(str, BITS))}")
 
 
-def group_size(width: int, wanted: int | None) -> int:
-    """`wanted`, or the largest divisor of `width` up to DEFAULT_GROUP.
+def group_size(width: int, wanted: int | None, widest: int = DEFAULT_GROUP) -> int:
+    """`wanted`, or the largest divisor of `width` up to `widest`.
 
     Raises: ConfigError: `wanted` does not divide `width`; the divisors are named.
     """
     divisors = [g for g in range(1, width + 1) if width % g == 0]
     if wanted is None:
-        return max(g for g in divisors if g <= DEFAULT_GROUP)
+        return max(g for g in divisors if g <= widest)
     if wanted not in divisors:
         raise ConfigError(f"group_size {wanted!r} does not divide {width}; allowed: {', '.join(map(str, divisors))}")
     return wanted
@@ -242,11 +256,17 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 
 # ---------------------------------------------------------------------- by name
 
-CODECS: dict[str, Codec] = {codec.name: codec for codec in (Dense(), Affine(8), Affine(4), Affine(2))}
+QUANTO_GROUP = 64  # of transformers' QuantizedCache with its quanto and hqq backends
+CODECS: dict[str, Codec] = {
+    "dense": Dense(), "int8": Affine(8), "int4": Affine(4), "int2": Affine(2),
+    "quanto4": Affine(4, widest=QUANTO_GROUP), "quanto2": Affine(2, widest=QUANTO_GROUP),
+    "hqq8": Affine(8, fit="hqq", widest=QUANTO_GROUP), "hqq4": Affine(4, fit="hqq", widest=QUANTO_GROUP),
+    "hqq2": Affine(2, fit="hqq", widest=QUANTO_GROUP),
+}  # fmt: skip
 
 
 def get_codec(name: str) -> Codec:
-    """The codec called "dense", "int8", "int4" or "int2".
+    """One of `CODECS`.
 
     Raises: ConfigError: any other name; the nearest is named.
     """
@@ -259,8 +279,8 @@ def allocate(
     codec: Codec, *lead: int, units: int, head_dim: int, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> Stored:
     """Room for `units` units [*lead, units, ...] of a codec, not filled in."""
-    one = codec.encode(torch.zeros(1, head_dim, dtype=dtype, device=device))
-    return Stored({name: part.new_empty(*lead, units, part.shape[-1]) for name, part in one.parts.items()})
+    none = codec.encode(torch.zeros(*lead, 0, head_dim, dtype=dtype, device=device))
+    return none.like({name: part.new_empty(*lead, units, part.shape[-1]) for name, part in none.parts.items()})
 
 
 def stored_bytes(codec: Codec, head_dim: int, dtype: torch.dtype) -> int:

@@ -5,7 +5,10 @@ A new method is found by its registration; only its oracle has to be added here.
 
 from __future__ import annotations
 
+import ast
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +30,7 @@ from oracles import (
     units_of,
 )  # fmt: skip
 
+from locret import methods
 from locret.attached import attach
 from locret.backbone import Backbone
 from locret.config import CacheConfig
@@ -71,15 +75,16 @@ def plain(backbone, ids):
 def test_lengths_stay_in_the_budget(exact, monkeypatch, name, positions):
     """U2. The mean over layers and heads is the budget; a layer with a budget of its own keeps to that."""
     with spy_lengths(monkeypatch) as seen:
-        _, reader = run(exact, name, tokens(N + 30), steps=30, budget=40, chunk_size=16, positions=positions)
+        _, reader = run(exact, name, tokens(N + 30, batch=2), steps=30, budget=40, chunk_size=16, positions=positions)
     assert sum(reader.budgets) == 2 * 40
     late = 16 if reader.method.wants_surprisal else 0  # evicted from after the forward pass
     assert max(reader.budgets) <= max(seen.held) <= max(reader.budgets) + late
     if not reader.method.ragged:
         assert max(seen.joined) <= max(reader.budgets) + 16
-    for layer, heads, budget in zip(reader.cache.layers, kept(reader), reader.budgets, strict=True):
-        assert sum(map(len, heads)) == 2 * layer.held <= 2 * budget
-        assert all(head == sorted(set(head)) for head in heads)
+    for row in range(2):
+        for layer, heads, budget in zip(reader.cache.layers, kept(reader, row), reader.budgets, strict=True):
+            assert sum(map(len, heads)) == 2 * layer.held <= 2 * budget
+            assert all(head == sorted(set(head)) for head in heads)
     assert reader.cache.seen == N + 30
 
 
@@ -88,10 +93,10 @@ def test_sinks_and_the_newest_units_survive(exact, name):
     """After the prompt the local window, while decoding max(stabilizers, local window)."""
     options = dict(budget=40, chunk_size=16, num_sinks=3, num_stabilizers=8, local_window=6, decode_interval=1)
     for steps in (0, 1, 25):
-        _, reader = run(exact, name, tokens(N + steps), steps=steps, **options)
+        _, reader = run(exact, name, tokens(N + steps, batch=2), steps=steps, **options)
         newest = 6 if steps == 0 else min(8, 6 + steps)
         want = {0, 1, 2} | set(range(N + steps - newest, N + steps))
-        assert all(want <= set(head) for layer in kept(reader) for head in layer), steps
+        assert all(want <= set(head) for row in range(2) for layer in kept(reader, row) for head in layer), steps
 
 
 @pytest.mark.parametrize("name", EVICTING)
@@ -99,41 +104,43 @@ def test_protected_units_survive_prefill_and_decoding(exact, name):
     mask = torch.zeros(N, dtype=torch.bool)
     mask[[8, 9, 31, 32, 64, 98]] = True
     for steps in (0, 40):
-        _, reader = run(exact, name, tokens(N + steps), steps=steps, num_protected=6, protected=mask, budget=40,
-                        chunk_size=16)  # fmt: skip
-        assert all({8, 9, 31, 32, 64, 98} <= set(head) for layer in kept(reader) for head in layer)
+        _, reader = run(exact, name, tokens(N + steps, batch=2), steps=steps, num_protected=6, protected=mask,
+                        budget=40, chunk_size=16)  # fmt: skip
+        heads = [set(head) for row in range(2) for layer in kept(reader, row) for head in layer]
+        assert all({8, 9, 31, 32, 64, 98} <= head for head in heads)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_with_budget_for_all_logits_are_the_plain_models(exact, name):
     """U1, the lossless limit."""
-    ids = tokens(N + 8)
+    ids = tokens(N + 8, batch=2)
     for chunk in (16, 200):
         got, reader = run(exact, name, ids, steps=8, budget=4 * N, chunk_size=chunk)  # pyramids leave upper layers less
-        assert kept(reader) == [[list(range(N + 8))] * 2] * 2
-        assert relative(got[0], plain(exact, ids)[0, N - 1 :]) < 1e-12
+        assert kept(reader) == kept(reader, 1) == [[list(range(N + 8))] * 2] * 2
+        assert relative(got, plain(exact, ids)[:, N - 1 :]) < 1e-12
 
 
 @pytest.mark.parametrize("name", EVICTING)
 def test_one_chunk_is_the_whole_prompt_scored_once(exact, name):
     """U5: with a chunk as long as the prompt the last logits are exact, the keep set is one selection by its scores,
     and how much longer the chunk is makes no difference."""
-    ids = tokens(N)
+    ids = tokens(N, batch=2)
     options = dict(budget=40, local_window=0, num_stabilizers=10, num_sinks=4)
     got, reader = run(exact, name, ids, chunk_size=N, **options)
-    assert relative(got[0, 0], plain(exact, ids)[0, -1]) < 1e-12
+    assert relative(got[:, 0], plain(exact, ids)[:, -1]) < 1e-12
     again, other = run(exact, name, ids, chunk_size=5 * N, **options)
     assert torch.equal(again, got)
-    assert kept(other) == kept(reader)
+    assert [kept(other, row) for row in range(2)] == [kept(reader, row) for row in range(2)]
     if type(reader.method).select is not Method.select or reader.method.reduces:
         return  # its own choice has its own oracle below
     _, everything = run(exact, name, ids, chunk_size=N, **(options | dict(budget=4 * N)))
-    for layer, whole, budget in zip(kept(reader), everything.cache.layers, reader.budgets, strict=True):
-        scores = whole.units().score
-        pinned = (torch.arange(N) < 4).expand(1, 2, N)
-        want = reference_keep(scores, budget, pinned)[0]
-        for head in range(2):  # by score and not by number: pooled SnapKV votes tie
-            assert sorted(scores[0, head, layer[head]].tolist()) == sorted(scores[0, head, want[head]].tolist())
+    for row in range(2):
+        for layer, whole, budget in zip(kept(reader, row), everything.cache.layers, reader.budgets, strict=True):
+            scores = whole.units().score[row : row + 1]
+            pinned = (torch.arange(N) < 4).expand(1, 2, N)
+            want = reference_keep(scores, budget, pinned)[0]
+            for head in range(2):  # by score and not by number: pooled SnapKV votes tie
+                assert sorted(scores[0, head, layer[head]].tolist()) == sorted(scores[0, head, want[head]].tolist())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -158,7 +165,7 @@ def test_the_same_input_keeps_the_same_units_again(exact, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_other_families_run_in_the_budget(name, family):
     backbone = Backbone(build_tiny_model(family))
-    got, reader = run(backbone, name, tokens(60 + 6), steps=6, budget=30, chunk_size=16)
+    got, reader = run(backbone, name, tokens(60 + 6, batch=2), steps=6, budget=30, chunk_size=16)
     assert got.isfinite().all()
     if name != "full":
         assert reader.cache.held <= 30
@@ -234,9 +241,29 @@ def test_the_list_says_what_each_method_is():
         assert info.summary
         assert info.name == info.name.lower()
         assert isinstance(info.query_aware, bool)
-        assert info.trained == (info.name in {"locret", "lococo", *PEERS})
+        assert info.trained == (info.name in {"locret", "lococo", "attention_gate", *PEERS})
         assert info.bounded_prefill == (info.name != "full")
     assert {"full", "knorm", "locret", "random", "recency", "snapkv"} <= set(NAMES)
+
+
+def test_a_method_is_a_small_file_without_an_attention_of_its_own():
+    """Issue 5's bar: 150 lines at most, and attention is the seam's and the probe's business. `prefixkv` measures its
+    profile with full attention, offline."""
+    for path in sorted(Path(methods.__file__).parent.glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        names = set(re.findall(r'@register\("(\w+)"\)', text))
+        if not names:
+            continue
+        assert names == {path.stem}
+        assert len(text.splitlines()) <= 150, path.name
+        tree = ast.parse(text)
+        called = {node.id if isinstance(node, ast.Name) else node.attr
+                  for node in ast.walk(tree) if isinstance(node, ast.Name | ast.Attribute)}  # fmt: skip
+        banned = {"scaled_dot_product_attention", "two_part_attention", "reference_attention"}
+        assert not called & banned, path.name
+        assert "prefix_causal_attention" not in called or path.stem == "prefixkv"
+        assert not any(isinstance(node, ast.ClassDef) and "attend" in {f.name for f in node.body if hasattr(f, "name")}
+                       for node in ast.walk(tree) if path.stem != "prefixkv")  # fmt: skip
 
 
 def test_unknown_methods_and_options_name_the_nearest(exact):

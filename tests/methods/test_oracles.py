@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -338,6 +339,15 @@ def by_hand(name, **options):
     ("prefixkv", {}, [0.5 + 5 / 6, 11 / 12, 1 / 4]),
     ("tova", {}, [1 / 2, 1 / 4, 1 / 4]),
     ("snapkv", dict(window=1, kernel_size=1), [1 / 2, 1 / 4, 1]),
+    ("snapkv", dict(window=1, kernel_size=3), [1 / 2, 1 / 2, 1]),
+    ("snapkv", dict(window=1, kernel_size=3, pooling="avg"), [1 / 4, 1 / 4, 1]),  # zeros beyond the edges count
+    ("pyramidkv", {"base.window": 1, "base.kernel_size": 3}, [1 / 2, 1 / 2, 1]),
+    ("adakv", {"base.window": 1, "base.kernel_size": 1}, [1 / 2, 1 / 4, 1]),
+    ("kvmerger", {}, [0.5 + 5 / 6, 11 / 12, 1 / 4]),
+    ("recency", {}, [0, 1, 2]),
+    ("razor", {}, [0, 1, 2]),
+    ("knorm", {}, [-LN2, -5]),  # of new units only
+    ("keydiff", {}, [-1 / math.sqrt(5), -2 / math.sqrt(5), -2 / math.sqrt(5)]),  # directions e2, e1, e1
     ("nacl", dict(proxy_share=0.34), [1 / 2, 1 / 4, 1 / 4]),
     ("nacl", dict(proxy_share=0.6), [5 / 6, 11 / 12, 1 / 4]),
     ("csp", dict(window=2), [1 / 4 + 2 / 5, 1 / 2 + 1 / 5, 1 / 5]),
@@ -347,6 +357,39 @@ def by_hand(name, **options):
 ])  # fmt: skip
 def test_two_queries_over_three_units_by_hand(name, options, want):
     torch.testing.assert_close(by_hand(name, **options).double(), torch.tensor(want).double(), rtol=1e-6, atol=1e-6)
+
+
+def test_a_compensation_unit_by_hand():
+    """Razor with two units to keep of five, the newest pinned: units 0 .. 3 become their mean at unit 0, which counts
+    for four: log 4. Dropping two more gives the mean of six, weighted by what each stands for."""
+    razor = get_method("razor")
+    k = torch.tensor([[[[2.0], [4.0], [6.0], [8.0], [100.0]]]])
+    view = joined_of(ChunkView(0, k, k, k, 0, 1.0), k, k, units=units_of(k, v=10 * k, state=1))
+    scores, pins = torch.arange(5.0).view(1, 1, 5), torch.tensor([[[False] * 4 + [True]]])
+    keep, merged = razor.reduce(scores, 2, pins, view)
+    assert keep.tolist() == [[0, 4]]
+    assert (merged.k[0, 0, 0].item(), merged.v[0, 0, 0].item()) == pytest.approx((5, 50))
+    assert merged.bias[0, 0].tolist() == pytest.approx([math.log(4), 0, 0, 0, 0])
+
+    k = torch.tensor([[[[5.0], [100.0], [8.0], [7.0]]]])
+    units = units_of(k, v=10 * k, state=1)
+    units.state[0, 0, 0, 0] = math.log(4)
+    view = joined_of(ChunkView(0, k, k, k, 0, 1.0), k, k, units=units)
+    keep, merged = razor.reduce(torch.arange(4.0).view(1, 1, 4), 2, torch.tensor([[[False] * 3 + [True]]]), view)
+    assert keep.tolist() == [[0, 3]]
+    assert merged.k[0, 0, 0].item() == pytest.approx((4 * 5 + 100 + 8) / 6)
+    assert merged.bias[0, 0, 0].item() == pytest.approx(math.log(6))
+
+
+def test_the_two_pyramids_of_the_side_by_side_table():
+    """docs/methods.md: *exact pyramid* (here) and *rounded pyramid* (kvpress), for 192 of 768 units and 8 layers."""
+    exact_sum = [1 + units for units in get_method("pyramidkv", beta=2).budgets(191, 8)]  # one unit is pinned
+    rounded = [round(288 - layer * (288 - 96) / 7) for layer in range(8)]
+    assert exact_sum == [288, 260, 233, 206, 178, 151, 124, 96]
+    assert rounded == [288, 261, 233, 206, 178, 151, 123, 96]
+    assert sum(exact_sum) == sum(rounded) == 8 * 192
+    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert all(" ".join(map(str, units)) in page for units in (exact_sum, rounded))
 
 
 def test_csp_shares_by_hand():

@@ -157,7 +157,7 @@ def test_a_context_made_with_other_weights_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["kvzap", "fastkvzip"])
 def test_a_path_is_needed(name):
-    with pytest.raises(ConfigError, match=f"method '{name}' scores with published weights; give path"):
+    with pytest.raises(ConfigError, match=f"method '{name}' scores with weights from a file; give path"):
         get_method(name)
 
 

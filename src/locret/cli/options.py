@@ -98,7 +98,12 @@ class ModelOptions:
 
     storage: Annotated[
         str | None,
-        Option("--storage", help="Bits of a number: dense, int8, int4, int2 (default: dense).", rich_help_panel=_CACHE),
+        Option(
+            "--storage",
+            help="How units are held: dense, int8, int4, int2, quanto4, hqq4, kivi2, minikv, think, lorc, ...; "
+            "docs/storage.md lists them (default: dense).",
+            rich_help_panel=_CACHE,
+        ),
     ] = None
 
     def load_options(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from locret.methods import (
     adakv,
+    attention_gate,
     cascading,
     corm,
     csp,
@@ -42,8 +43,8 @@ from locret.methods.base import (
 from locret.methods.options import parse_options
 
 __all__ = [
-    "ChunkView", "Method", "MethodInfo", "adakv", "cascading", "corm", "csp", "expected_attention", "fastkvzip",
-    "find_method", "full", "get_method", "h2o", "keydiff", "knorm", "kvmerger", "kvzap", "lagkv", "list_methods",
-    "lococo", "locret", "method_options", "method_slots", "nacl", "parse_options", "prefixkv", "pyramidkv",
-    "random", "razor", "recency", "register", "sirllm", "snapkv", "streamingllm", "tova", "wants_heads",
+    "ChunkView", "Method", "MethodInfo", "adakv", "attention_gate", "cascading", "corm", "csp", "expected_attention",
+    "fastkvzip", "find_method", "full", "get_method", "h2o", "keydiff", "knorm", "kvmerger", "kvzap", "lagkv",
+    "list_methods", "lococo", "locret", "method_options", "method_slots", "nacl", "parse_options", "prefixkv",
+    "pyramidkv", "random", "razor", "recency", "register", "sirllm", "snapkv", "streamingllm", "tova", "wants_heads",
 ]  # fmt: skip

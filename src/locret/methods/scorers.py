@@ -22,12 +22,17 @@ from locret.methods.base import ChunkView, Method
 
 
 class Scorer(nn.Module):
-    """One scoring module a layer: [B, C, E] -> fp32 [B, C, Hkv]."""
+    """One scoring module a layer: [B, C, E] -> fp32 [B, C, Hkv].
 
-    def __init__(self, layers: list[nn.Module], *, hidden_size: int, num_kv_heads: int) -> None:
+    backbone: fingerprint of the model that it was made for; None: its file does not say.
+    """
+
+    def __init__(
+        self, layers: list[nn.Module], *, hidden_size: int, num_kv_heads: int, backbone: dict[str, Any] | None = None
+    ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.hidden_size, self.num_kv_heads = hidden_size, num_kv_heads
+        self.hidden_size, self.num_kv_heads, self.backbone = hidden_size, num_kv_heads, backbone
         self.requires_grad_(False).eval()
 
     def score(self, layer: int, hidden: Tensor, num_kv_heads: int) -> Tensor:
@@ -46,7 +51,7 @@ class Scorer(nn.Module):
         if first.device != hidden.device or first.dtype != hidden.dtype:
             self.to(hidden.device, hidden.dtype)
         scores: Tensor = self.layers[layer](hidden)
-        return scores.transpose(1, 2)
+        return scores.transpose(1, 2).float()
 
 
 class FromFile(Method):
@@ -61,8 +66,12 @@ class FromFile(Method):
 
     def __post_init__(self) -> None:
         if not self.path:
-            raise ConfigError(f"method {self.name!r} scores with published weights; give path: {self.layout}")
+            raise ConfigError(f"method {self.name!r} scores with weights from a file; give path: {self.layout}")
         object.__setattr__(self, "heads", self.load(Path(self.path)))  # frozen, and no option
+
+    @property
+    def made_for(self) -> dict[str, Any] | None:
+        return self.heads.backbone
 
     def describe(self) -> dict[str, Any]:
         return {}  # the weights count, not where they lie
