@@ -33,6 +33,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from locret.errors import BackboneError, ConfigError, unknown
+from locret.parallel import Shard, join
 
 ATTENTION_NAME = "locret"
 EMBEDDED = Path(__file__).parent / "models" / "embedded"
@@ -129,6 +130,7 @@ class Backbone:
         model, tokenizer: the Hugging Face objects, unchanged.
         num_layers, num_q_heads, num_kv_heads, head_dim, hidden_act: its dimensions, as the probe saw them.
         layers: one `LayerSpec` a layer.
+        shard: under tensor parallelism heads are counted as they are on this process, and this says which they are.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
@@ -147,6 +149,7 @@ class Backbone:
         self.attention_modules = found.modules
         self.num_layers = len(found.layers)
         self.num_q_heads, self.num_kv_heads, self.head_dim = found.dims
+        self.shard = Shard.of(model.config, self.num_q_heads, self.num_kv_heads)
         self.hidden_act: str = getattr(model.config, "hidden_act", None) or model.config.hidden_activation
 
     @classmethod
@@ -160,7 +163,8 @@ class Backbone:
             device: "auto" (CUDA when there is one), "cpu", "cuda", "cuda:1".
             dtype: "auto" (as stored; float32 on a CPU), "float32", "bfloat16", "float16".
             options: further keywords of `from_pretrained`: quantization_config, device_map, max_memory, revision ...
-                With a device_map the model stays where that puts it.
+                With a device_map the model stays where that puts it. tp_plan="auto", on the processes of torchrun:
+                each takes its share of every layer (tensor parallel).
         Raises: BackboneError: it cannot be loaded, or cannot be run faithfully.
         """
         where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
@@ -173,6 +177,8 @@ class Backbone:
         options = dict(options or {})
         if "quantization_config" in options and where.type == "cuda":
             options.setdefault("device_map", {"": where})  # quantised weights are made in place and cannot be moved
+        if "tp_plan" in options and not join():  # transformers would join a group that takes no tensors of the CPU
+            raise ConfigError("tp_plan splits a model over processes: start several with torchrun --nproc-per-node")
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=wanted, **options)
             tokenizer = AutoTokenizer.from_pretrained(path)
@@ -185,7 +191,7 @@ class Backbone:
             if type(error).__module__.startswith("safetensors"):
                 raise BackboneError(f"the weights in {path!r} are broken: {_first_line(error)}") from error
             raise
-        if "device_map" not in options:
+        if not {"device_map", "tp_plan"} & set(options):
             model = model.to(where)
         return cls(model.eval(), tokenizer)
 
@@ -218,8 +224,8 @@ class Backbone:
         return {
             "architecture": type(self.model).__name__,
             "num_layers": self.num_layers,
-            "num_q_heads": self.num_q_heads,
-            "num_kv_heads": self.num_kv_heads,
+            "num_q_heads": self.num_q_heads * self.shard.size,
+            "num_kv_heads": self.num_kv_heads * self.shard.size,
             "head_dim": self.head_dim,
             "hidden_size": int(self.model.config.hidden_size),
             "hidden_act": self.hidden_act,

@@ -97,7 +97,8 @@ def train(
 
 def _train(run: dict[str, Any], recipe: Path | None, given: dict[str, Any], *, resume: bool, as_json: bool) -> None:
     from locret import train as trainer
-    from locret.train.distributed import Group, leave
+    from locret.parallel import leave
+    from locret.train.distributed import Group
 
     given = {name: value for name, value in given.items() if value is not None}
     config = trainer.TrainConfig.from_toml(recipe, **given) if recipe else trainer.TrainConfig.from_dict(given)
@@ -124,7 +125,7 @@ def _train(run: dict[str, Any], recipe: Path | None, given: dict[str, Any], *, r
 def load_backbone(run: dict[str, Any]) -> Backbone:
     """`Backbone.load` for the keys model, device, dtype, quantize, device_map; under torchrun on this process's GPU."""
     from locret.backbone import Backbone
-    from locret.train.distributed import local_device
+    from locret.parallel import local_device
 
     options: dict[str, Any] = {}
     if run.get("quantize") is not None:

@@ -28,6 +28,7 @@ from locret.errors import DataError
 from locret.heads import HeadInput, RetainingHeads
 from locret.kernels.attention import prefix_causal_attention
 from locret.labels import Span, attention_labels
+from locret.parallel import gathers_weights
 
 TOKEN_CHUNK = 16_384
 ROUND = 256  # on CUDA lengths are rounded up to multiples of it: cuDNN makes a plan for every length it meets
@@ -96,6 +97,7 @@ class LabelPass:
 
     Attributes:
         round_to: inputs are made as long as the next multiple of it.
+        together: every process must run as many passes as the others: each holds a share of the weights.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class LabelPass:
     ) -> None:  # fmt: skip
         self.backbone, self.layers, self.label, self.wants_hidden = backbone, layers, label, wants_hidden
         self.max_length, self.token_chunk = max_length, token_chunk
+        self.together = gathers_weights(backbone.model)
         self.round_to = ROUND if backbone.device.type == "cuda" else 1
         self._rope: tuple[tuple[int, int], Rope] | None = None
 
@@ -117,7 +120,8 @@ class LabelPass:
             ids = ids.pin_memory()  # a copy from pageable memory would wait for the device
         context = LabelContext(
             self._rope_for(ids.shape[1], prompt_len), self.layers, sample.answers, min(prompt_len, self.max_length),
-            visit, label=self.label, wants_hidden=self.wants_hidden, token_chunk=self.token_chunk, stop=True,
+            visit, label=self.label, wants_hidden=self.wants_hidden, token_chunk=self.token_chunk,
+            stop=not self.together,  # what is gathered must be given back at the end of a whole pass
         )  # fmt: skip
         try:
             with tokens_in_pieces(self.backbone, self.token_chunk, ids.shape[1]), contextlib.suppress(Done):

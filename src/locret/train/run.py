@@ -23,6 +23,7 @@ from locret.data import DataReport, Order, Sample, Samples, check_samples, judge
 from locret.errors import ConfigError, DataError, HeadsError, NumericsError
 from locret.files import write_text
 from locret.heads import CONFIG_FILE, WEIGHTS_FILE, HeadInput, HeadsConfig, RetainingHeads
+from locret.parallel import gathers_weights
 from locret.train.answers import answered_by
 from locret.train.checkpoint import (
     CHECKPOINT_FILE,
@@ -108,23 +109,14 @@ class Run:
         on_check: Callable[[int, int], object] | None = None,
     ) -> None:  # fmt: skip
         self.backbone, self.samples, self.output, self.config = backbone, samples, output, config
-        self.group = Group.current()
-        if config.accumulate < self.group.size:
-            raise ConfigError(
-                f"accumulate is {config.accumulate}, but {self.group.size} processes each need a sample a step; set "
-                f"accumulate to {self.group.size} or a multiple (and steps to as many fewer)"
-            )
+        self.group = Group.current(backbone.shard.size)
+        self._check_processes()
         self.learned = [i for i, spec in enumerate(backbone.layers) if spec.window is None]
         if not self.learned:
             raise ConfigError(
                 "every layer of this backbone has a sliding window, so no layer has a budget to train for"
             )
-        devices = {backbone.layer_device(i) for i in range(backbone.num_layers)}
-        if len(devices) > 1 and (config.evict_budget is not None or config.answers == "model"):
-            raise ConfigError(
-                "evict_budget and answers 'model' read through the cache, which lies on one device, but the layers lie "
-                f"on {', '.join(sorted(map(str, devices)))}; load the model without a device_map, or leave them out"
-            )
+        self._check_cache()
         self.objective = make_objective(config.objective, top_share=config.top_share)
         self.report = self._checked(on_check)
         self.order = Order(
@@ -186,6 +178,29 @@ class Run:
 
     # ------------------------------------------------------------------ set-up
 
+    def _check_processes(self) -> None:
+        accumulate, readers = self.config.accumulate, self.group.readers
+        together = gathers_weights(self.backbone.model)
+        if accumulate < readers or (together and accumulate % readers):
+            need = "as many samples a step as the others" if together else "a sample a step"
+            raise ConfigError(
+                f"accumulate is {accumulate}, but {readers} processes each need {need}; set accumulate to {readers} or "
+                "a multiple (and steps to as many fewer)"
+            )
+
+    def _check_cache(self) -> None:
+        """Options that read through the cache need a whole model in one place."""
+        if self.config.evict_budget is None and self.config.answers == "data":
+            return
+        devices = {self.backbone.layer_device(i) for i in range(self.backbone.num_layers)}
+        spread = f"on {', '.join(sorted(map(str, devices)))}" if len(devices) > 1 else ""
+        spread = "in shares on all processes" if gathers_weights(self.backbone.model) else spread
+        if spread:
+            raise ConfigError(
+                "evict_budget and answers 'model' read through the cache, which lies on one device, but the layers lie "
+                f"{spread}; load the model without device_map and FSDP, or leave them out"
+            )
+
     def _checked(self, on_check: Callable[[int, int], object] | None) -> DataReport:
         """The report on the data, of a check of the same data with the same options before or of one now."""
         config, embeddings = self.config, self.backbone.model.get_input_embeddings()
@@ -242,6 +257,7 @@ class Run:
                     nn.init.zeros_(weight)
         if self.backbone.device.type == "cuda" and self.backbone.dtype in (torch.bfloat16, torch.float16):
             heads.compute_dtype = self.backbone.dtype  # fp32 weights, 16-bit products
+        heads.shard = self.backbone.shard
         return heads.to_layers(self.backbone)
 
     def _start(self, resume: bool) -> None:
@@ -273,7 +289,7 @@ class Run:
 
     def _read(self, step: int) -> Iterator[Sample]:
         while True:
-            for place in range(self.group.rank, self.config.accumulate, self.group.size):
+            for place in range(self.group.reader, self.config.accumulate, self.group.readers):
                 yield self.samples[self.order[step * self.config.accumulate + place]]
             step += 1
 
@@ -287,7 +303,7 @@ class Run:
 
     def step(self, stream: Iterator[Sample]) -> None:
         """Learn from the samples of one step and move the weights."""
-        for _ in range(self.group.rank, self.config.accumulate, self.group.size):
+        for _ in range(self.group.reader, self.config.accumulate, self.group.readers):
             sample = self._answered(next(stream))
             self.window.names.append(sample.name)
             self.window.losses.append(self.learn(sample))
@@ -337,6 +353,7 @@ class Run:
 
     def _backward(self, scores: Tensor, targets: Tensor, share: float) -> Tensor:
         loss = layer_loss(scores, targets, len(self.learned), self.config.smoothness, self.objective)
+        share /= self.heads.shard.size  # a mean over the heads of all processes
         if share != 1.0:
             loss = loss * share
         (loss / self.config.accumulate).backward()
@@ -351,7 +368,7 @@ class Run:
         """Log the mean loss of the steps since the last time, and samples far above it."""
         names, losses = self._finite_losses()
         before, self.state.loss = self.state.loss, losses.mean().item()
-        tokens = sum(self.group.gather(self.window.tokens))
+        tokens = sum(self.group.gather(self.window.tokens)) // self.group.share
         self.tokens_per_second = tokens / max(time.perf_counter() - self.window.start, 1e-9)
         self.log.write(
             self.state.step,
@@ -380,8 +397,9 @@ class Run:
         """
         mine = torch.stack(self.window.losses).double().cpu() if self.window.losses else torch.zeros(0).double()
         parts = self.group.gather((self.window.names, mine))
-        names = [name for part, _ in parts for name in part]
-        losses = torch.cat([part for _, part in parts])
+        readers = [parts[i : i + self.group.share] for i in range(0, len(parts), self.group.share)]
+        names = [name for shares in readers for name in shares[0][0]]
+        losses = torch.cat([torch.stack([loss for _, loss in shares]).sum(0) for shares in readers])
         for name, loss in zip(names, losses.tolist()):
             if not math.isfinite(loss):
                 raise NumericsError(
@@ -480,8 +498,8 @@ class Run:
             return
         self.heads.load_state_dict(content["heads"], strict=True)
         self.optimizer.load_state_dict(content["optimizer"])
-        if self.group.is_main:  # losses of steps that were not logged yet, of all processes
-            losses = list(content["losses"].to(self.backbone.device))
+        if self.group.reader == 0:  # losses of steps that were not logged yet, of all processes
+            losses = list(content["losses"].to(self.backbone.device) / self.group.share)
             self.window = _Window(content.get("names", ["a sample before the checkpoint"] * len(losses)), losses)
 
 
