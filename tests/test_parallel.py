@@ -16,6 +16,7 @@ from conftest import build_byte_tokenizer, build_tiny_model
 from test_train import make_samples, run_of
 
 from locret.backbone import Backbone
+from locret.cli.loading import load_backbone
 from locret.config import CacheConfig
 from locret.engine import LLM
 from locret.errors import ConfigError
@@ -55,12 +56,9 @@ def whole() -> Backbone:
 
 def split(how: str, folder: Path) -> Backbone:
     """The same model on this process and another."""
-    if how == "transformers":
-        return Backbone.load(folder / "model", device="cpu", options={"tp_plan": "auto"})
+    if how in ("tensor", "fsdp"):
+        return load_backbone({"model": folder / "model", "device": "cpu", "parallel": how})
     backbone = whole()
-    if how == "fsdp":
-        shard_weights(backbone.model, list(backbone.model.model.layers))
-        return backbone
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -142,10 +140,10 @@ def check_training(folder: Path, ranks: list[dict], alone) -> None:
     assert losses == [None if x is None else pytest.approx(x, rel=1e-4) for x in theirs]
 
 
-@pytest.mark.parametrize("how", ["torch", "transformers"])
+@pytest.mark.parametrize("how", ["torch", "tensor"])
 def test_tensor_parallel_gives_the_tokens_and_the_heads_of_one_process(how, one, tmp_path):
     """Each process has half of the heads of every layer; both end with whole heads, equal bit for bit."""
-    if how == "transformers" and importlib.util.find_spec("accelerate") is None:
+    if how == "tensor" and importlib.util.find_spec("accelerate") is None:
         pytest.skip("transformers' tp_plan needs accelerate")
     folder, tokens, alone = one
     ranks = run(how, place(folder, tmp_path))
@@ -181,6 +179,8 @@ def test_parallel_options_without_processes_are_errors():
         Backbone.load(options={"tp_plan": "auto"}, device="cpu")
     with pytest.raises(ConfigError, match="torchrun"):
         shard_weights(whole().model, [])
+    with pytest.raises(ConfigError, match="splits plain weights; leave out --quantize"):
+        load_backbone({"parallel": "tensor", "device_map": "auto"})
 
 
 def test_heads_that_are_no_equal_share_are_refused(monkeypatch):

@@ -18,6 +18,7 @@ from locret.data import Sample, Samples
 from locret.errors import ConfigError, DataError
 from locret.heads import HeadInput, HeadsConfig, RetainingHeads
 from locret.methods import get_method
+from locret.parallel import Shard
 from locret.train import LOG_FILE, LabelPass, TrainConfig, evaluate, evicted, train
 from locret.train.answers import answered_by
 from locret.train.evicted import cache_config
@@ -157,7 +158,7 @@ def test_gold_spans_retained_are_counted_by_hand(backbone):
     sample = Sample(list(range(8, 48)), [60, 61], gold=((0, 2), (30, 32)))
 
     class First(torch.nn.Module):
-        config = HeadsConfig.of(backbone)
+        config, shard = HeadsConfig.of(backbone), Shard()
 
         def score(self, layer, q, k, v, hidden=None):
             return -torch.arange(40.0).expand(1, 2, 40)

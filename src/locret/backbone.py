@@ -209,6 +209,12 @@ class Backbone:
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 
+    @property
+    def decoder_layers(self) -> list[nn.Module]:
+        """The modules that hold an attention module and what belongs to it, in order."""
+        attention = {id(module) for module in self.attention_modules}
+        return [m for m in self.model.modules() if any(id(child) in attention for child in m.children())]
+
     def layer_device(self, layer: int) -> torch.device:
         """Where a layer's attention runs; layers of a model loaded with a `device_map` may lie on different devices."""
         module = self.attention_modules[layer]

@@ -208,11 +208,9 @@ def _in_pieces(forward: Callable[..., Any], size: int) -> Callable[..., Any]:
 
 def _tokenwise_modules(backbone: Backbone) -> list[nn.Module]:
     """Children of the decoder layers, beside attention, that transformers calls with hidden states alone."""
-    attention = {id(module) for module in backbone.attention_modules}
-    parents = [m for m in backbone.model.modules() if any(id(child) in attention for child in m.children())]
     return [
         child
-        for parent in parents
+        for parent in backbone.decoder_layers
         for name, child in parent.named_children()
         if name in ("mlp", "feed_forward") or "norm" in name
     ]
