@@ -73,7 +73,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--tiny", action="store_true", help="a two-layer model of width 64 instead")
+    parser.add_argument("--tiny", action="store_true", help="a two-layer model of width 128 instead")
     parser.add_argument("--prompt", type=int, default=32_768, help="tokens read before answering")
     parser.add_argument("--budget", type=int, default=16_384)
     parser.add_argument("--new", type=int, default=64, help="tokens of the answer")

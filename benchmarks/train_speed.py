@@ -53,7 +53,7 @@ LLAMA_8B: dict[str, Any] = dict(
     ),
 )  # fmt: skip
 TINY: dict[str, Any] = dict(
-    vocab_size=264, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=8,
+    vocab_size=264, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=8,
     num_key_value_heads=2, max_position_embeddings=4096,
 )  # fmt: skip
 
@@ -120,7 +120,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="", help="of the model; default bfloat16 on CUDA, float32 elsewhere")
-    parser.add_argument("--tiny", action="store_true", help="a two-layer model of width 64 instead")
+    parser.add_argument("--tiny", action="store_true", help="a two-layer model of width 128 instead")
     parser.add_argument("--tokens", type=int, default=10_240, help="of a prompt")
     parser.add_argument("--answer", type=int, default=256, help="tokens of an answer")
     parser.add_argument("--steps", type=int, default=100, help="measured ones")
