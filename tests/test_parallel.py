@@ -166,6 +166,8 @@ def test_shares_of_a_backbone_need_equally_many_samples_on_all(monkeypatch, tmp_
     monkeypatch.setattr(run_module.Group, "current", classmethod(lambda cls, share: cls(0, 2)))
     with pytest.raises(ConfigError, match="2 processes each need as many samples a step as the others; set accumulate"):
         run_of(whole(), make_samples(8), tmp_path, accumulate=3)
+    with pytest.raises(ConfigError, match="leave pack_tokens out"):
+        run_of(whole(), make_samples(8), tmp_path, accumulate=4, pack_tokens=100)
 
 
 def test_shares_of_a_backbone_have_no_cache(monkeypatch, tmp_path):

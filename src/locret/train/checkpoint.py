@@ -17,7 +17,7 @@ from locret.train.options import TrainConfig
 CHECKPOINT_FILE = "checkpoint.pt"
 _FREE_OPTIONS = (  # may change when a run goes on
     "eval_every", "eval_budgets", "log_every", "log_to", "checkpoint_every", "max_dropped", "token_chunk",
-    "description",
+    "pack_tokens", "description",
 )  # fmt: skip
 
 

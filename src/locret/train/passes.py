@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from locret.backbone import AttentionCall, Backbone, Rope
+from locret.backbone import AttentionCall, Backbone, LayerContext, Rope
 from locret.data import Sample
 from locret.errors import DataError
 from locret.heads import HeadInput, RetainingHeads
@@ -113,22 +113,38 @@ class LabelPass:
     @torch.no_grad()
     def __call__(self, sample: Sample, visit: Visit) -> None:
         """One forward pass. Raises: DataError: the sample does not fit in the device's memory."""
+        ids = self.ids([sample])
+        self.run(ids, self.context(sample, ids.shape[1], visit, stop=self.stops), sample.name)
+
+    @property
+    def stops(self) -> bool:
+        """Whether a pass may end early: weights that are gathered must be given back at the end of a whole one."""
+        return not self.together
+
+    def context(self, sample: Sample, length: int, visit: Visit, *, stop: bool) -> LabelContext:
+        """For a row that begins with the sample's tokens and has `length` of them."""
         prompt_len = len(sample.prompt_ids)
-        ids = torch.tensor([sample.prompt_ids + sample.answer_ids])
-        ids = F.pad(ids, (0, -ids.shape[1] % self.round_to))  # nothing before them sees what is appended
+        return LabelContext(
+            self._rope_for(length, prompt_len), self.layers, sample.answers, min(prompt_len, self.max_length), visit,
+            label=self.label, wants_hidden=self.wants_hidden, token_chunk=self.token_chunk, stop=stop,
+        )  # fmt: skip
+
+    def ids(self, samples: Sequence[Sample]) -> Tensor:
+        """The samples' tokens in one row, [1, T], T rounded up: nothing before them sees what is appended."""
+        ids = torch.tensor([[token for sample in samples for token in sample.prompt_ids + sample.answer_ids]])
+        return F.pad(ids, (0, -ids.shape[1] % self.round_to))
+
+    @torch.no_grad()
+    def run(self, ids: Tensor, context: LayerContext, name: str) -> None:
+        """One forward pass of a row of tokens. Raises: DataError: it does not fit in the device's memory."""
         if self.backbone.device.type == "cuda":
             ids = ids.pin_memory()  # a copy from pageable memory would wait for the device
-        context = LabelContext(
-            self._rope_for(ids.shape[1], prompt_len), self.layers, sample.answers, min(prompt_len, self.max_length),
-            visit, label=self.label, wants_hidden=self.wants_hidden, token_chunk=self.token_chunk,
-            stop=not self.together,  # what is gathered must be given back at the end of a whole pass
-        )  # fmt: skip
         try:
             with tokens_in_pieces(self.backbone, self.token_chunk, ids.shape[1]), contextlib.suppress(Done):
                 self.backbone.run(ids.to(self.backbone.device, non_blocking=True), context, logits=0)
         except torch.OutOfMemoryError as error:
             raise DataError(
-                f"{sample.name}: {ids.shape[1]} tokens do not fit in the device's memory; lower max_length"
+                f"{name}: {ids.shape[1]} tokens do not fit in the device's memory; lower max_length"
             ) from error
 
     def _rope_for(self, length: int, prompt_len: int) -> Rope:

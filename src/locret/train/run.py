@@ -39,6 +39,7 @@ from locret.train.evicted import Learner, cache_config, read_evicting
 from locret.train.log import LOG_FILE, Log, NoLog
 from locret.train.objectives import layer_loss, make_objective
 from locret.train.options import TrainConfig
+from locret.train.packs import Pieces, in_packs, length_of, run_pack
 from locret.train.passes import TOKEN_CHUNK, LabelPass, score_in_pieces
 from locret.train.progress import TrainProgress, TrainResult
 
@@ -179,6 +180,7 @@ class Run:
     # ------------------------------------------------------------------ set-up
 
     def _check_processes(self) -> None:
+        """Every process needs samples in each step; with shares of the weights, as many passes as the others."""
         accumulate, readers = self.config.accumulate, self.group.readers
         together = gathers_weights(self.backbone.model)
         if accumulate < readers or (together and accumulate % readers):
@@ -186,6 +188,11 @@ class Run:
             raise ConfigError(
                 f"accumulate is {accumulate}, but {readers} processes each need {need}; set accumulate to {readers} or "
                 "a multiple (and steps to as many fewer)"
+            )
+        if together and self.config.pack_tokens is not None:
+            raise ConfigError(
+                "with pack_tokens a process runs as many passes as its samples need, but processes that hold shares of "
+                "the weights (FSDP) must run equally many; leave pack_tokens out"
             )
 
     def _check_cache(self) -> None:
@@ -303,11 +310,13 @@ class Run:
 
     def step(self, stream: Iterator[Sample]) -> None:
         """Learn from the samples of one step and move the weights."""
-        for _ in range(self.group.reader, self.config.accumulate, self.group.readers):
-            sample = self._answered(next(stream))
-            self.window.names.append(sample.name)
-            self.window.losses.append(self.learn(sample))
-            self.window.tokens += len(sample.prompt_ids) + len(sample.answer_ids)
+        mine = (
+            self._answered(next(stream)) for _ in range(self.group.reader, self.config.accumulate, self.group.readers)
+        )
+        for pack in in_packs(mine, self.config.pack_tokens):
+            self.window.names += [sample.name for sample in pack]
+            self.window.losses += self.learn_pack(pack) if len(pack) > 1 else [self.learn(pack[0])]
+            self.window.tokens += sum(map(length_of, pack))
         self.group.add(p.grad for p in self.weights if p.grad is not None)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr_at(self.state.step)
@@ -328,10 +337,26 @@ class Run:
         def visit(layer: int, inputs: HeadInput, labels: Tensor) -> None:
             with torch.enable_grad():
                 scores = score_in_pieces(self.heads, layer, inputs, self.token_chunk)
-                losses.append(self._backward(scores, self.objective.targets(labels), 1.0))
+                losses.extend(self._backward([self._loss(scores, self.objective.targets(labels))]))
 
         self.label_pass(sample, visit)
         return losses
+
+    def learn_pack(self, samples: list[Sample]) -> list[Tensor]:
+        """`learn` for several samples at once: their losses, on the device."""
+        losses: list[list[Tensor]] = []
+
+        def visit(layer: int, inputs: HeadInput, pieces: Pieces) -> None:
+            with torch.enable_grad():
+                scores = score_in_pieces(self.heads, layer, inputs, self.token_chunk)
+                parts = [
+                    self._loss(scores[..., start : start + labels.shape[-1]], self.objective.targets(labels))
+                    for start, labels in pieces
+                ]
+                losses.append([loss.to(self.backbone.device) for loss in self._backward(parts)])
+
+        run_pack(self.label_pass, samples, visit)
+        return [torch.stack(each).sum() for each in zip(*losses, strict=True)]
 
     def _learn_evicting(self, sample: Sample) -> list[Tensor]:
         """Labels from full attention; then the prompt as inference reads it, each chunk weighing what it is long."""
@@ -345,19 +370,22 @@ class Run:
                 wanted = targets[layer][..., start : start + scores.shape[-1]]  # fewer, or none, past max_length
                 if wanted.shape[-1]:
                     share = wanted.shape[-1] / targets[layer].shape[-1]
-                    losses.append(self._backward(scores[..., : wanted.shape[-1]], wanted, share))
+                    losses.extend(self._backward([self._loss(scores[..., : wanted.shape[-1]], wanted, share)]))
             return scores
 
         read_evicting(self.backbone, Learner(self.heads, learn), cache_config(self.config), sample)
         return losses
 
-    def _backward(self, scores: Tensor, targets: Tensor, share: float) -> Tensor:
+    def _loss(self, scores: Tensor, targets: Tensor, share: float = 1.0) -> Tensor:
+        """One layer's part of a sample's loss; `share`: of the sample's tokens that these are."""
         loss = layer_loss(scores, targets, len(self.learned), self.config.smoothness, self.objective)
         share /= self.heads.shard.size  # a mean over the heads of all processes
-        if share != 1.0:
-            loss = loss * share
-        (loss / self.config.accumulate).backward()
-        return loss.detach()
+        return loss if share == 1.0 else loss * share
+
+    def _backward(self, losses: list[Tensor]) -> list[Tensor]:
+        """Add to the layer's gradient what these samples say."""
+        (sum(losses[1:], losses[0]) / self.config.accumulate).backward()
+        return [loss.detach() for loss in losses]
 
     # ------------------------------------------------------------------ measuring
 
