@@ -29,6 +29,7 @@ from locret.heads import HeadInput, RetainingHeads
 from locret.kernels.attention import prefix_causal_attention
 from locret.labels import Span, attention_labels
 from locret.parallel import gathers_weights
+from locret.train.norms import fused, plain_norms
 
 TOKEN_CHUNK = 16_384
 ROUND = 256  # on CUDA lengths are rounded up to multiples of it: cuDNN makes a plan for every length it meets
@@ -107,6 +108,8 @@ class LabelPass:
         self.backbone, self.layers, self.label, self.wants_hidden = backbone, layers, label, wants_hidden
         self.max_length, self.token_chunk = max_length, token_chunk
         self.together = gathers_weights(backbone.model)
+        on_gpu = backbone.device.type == "cuda" and not self.together
+        self._norms = plain_norms(backbone.model) if on_gpu else []
         self.round_to = ROUND if backbone.device.type == "cuda" else 1
         self._rope: tuple[tuple[int, int], Rope] | None = None
 
@@ -140,7 +143,11 @@ class LabelPass:
         if self.backbone.device.type == "cuda":
             ids = ids.pin_memory()  # a copy from pageable memory would wait for the device
         try:
-            with tokens_in_pieces(self.backbone, self.token_chunk, ids.shape[1]), contextlib.suppress(Done):
+            with (
+                fused(self._norms),
+                tokens_in_pieces(self.backbone, self.token_chunk, ids.shape[1]),
+                contextlib.suppress(Done),
+            ):
                 self.backbone.run(ids.to(self.backbone.device, non_blocking=True), context, logits=0)
         except torch.OutOfMemoryError as error:
             raise DataError(
