@@ -18,7 +18,8 @@ with the model's own chat template, every turn of the assistant is an answer, an
     objectives.py    what a score is compared with      answers.py     the backbone's own answers
     evaluation.py    overlap, retention                 checkpoint.py  what a stopped run leaves
     distributed.py   several processes                  packs.py        short samples side by side
-    norms.py         two kernels a norm                 log.py, progress.py
+    norms.py         two kernels a norm                 recall.py       does the model still answer?
+    surroundings.py  signals, precision                 log.py, progress.py
 """
 
 from locret.train.checkpoint import CHECKPOINT_FILE

@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +40,8 @@ from locret.train.options import TrainConfig
 from locret.train.packs import Pieces, in_packs, length_of, run_pack
 from locret.train.passes import TOKEN_CHUNK, LabelPass, score_in_pieces
 from locret.train.progress import TrainProgress, TrainResult
+from locret.train.recall import check_recall, recall
+from locret.train.surroundings import eval_mode, stop_on_signals, tf32
 
 DATA_FILE, BEST_FOLDER = "data.json", "best"
 RISE = 5.0  # a sample whose loss is this many times the mean before it is reported
@@ -88,7 +88,7 @@ def train(
     else:
         samples = Samples(data, backbone.tokenizer, question_first=config.query_aware)
     run = Run(backbone, samples, Path(output), config, on_check=on_check)
-    with _stop_on_signals() as caught, _eval_mode(backbone.model), _tf32(backbone):
+    with stop_on_signals() as caught, eval_mode(backbone.model), tf32(backbone):
         return run.go(on_progress or (lambda progress: None), caught, resume)
 
 
@@ -156,6 +156,8 @@ class Run:
             self.heads = RetainingHeads.from_pretrained(self.output)
             return self._result(None)
         held_out = [self._answered(self.samples[i]) for i in self.order.held_out]
+        if self.config.recall_budget is not None:
+            check_recall(held_out, self.config.recall_budget)
         started = time.perf_counter() - self.state.seconds
         self.window.start = time.perf_counter()
         stopping = self.group.any(bool(caught))
@@ -197,15 +199,16 @@ class Run:
 
     def _check_cache(self) -> None:
         """Options that read through the cache need a whole model in one place."""
-        if self.config.evict_budget is None and self.config.answers == "data":
+        config = self.config
+        if config.evict_budget is None and config.recall_budget is None and config.answers == "data":
             return
         devices = {self.backbone.layer_device(i) for i in range(self.backbone.num_layers)}
         spread = f"on {', '.join(sorted(map(str, devices)))}" if len(devices) > 1 else ""
         spread = "in shares on all processes" if gathers_weights(self.backbone.model) else spread
         if spread:
             raise ConfigError(
-                "evict_budget and answers 'model' read through the cache, which lies on one device, but the layers lie "
-                f"{spread}; load the model without device_map and FSDP, or leave them out"
+                "evict_budget, recall_budget and answers 'model' read through the cache, which lies on one device, but "
+                f"the layers lie {spread}; load the model without device_map and FSDP, or leave them out"
             )
 
     def _checked(self, on_check: Callable[[int, int], object] | None) -> DataReport:
@@ -443,6 +446,9 @@ class Run:
         rounded = [[round(x, 4) for x in row] for row in self.state.overlap_per_head]
         flat = {f"overlap_at_{share:g}": value for share, value in found.overlap_at.items()}
         flat |= {f"retention_at_{share:g}": value for share, value in found.retention_at.items()}
+        budget = self.config.recall_budget
+        if budget is not None:
+            flat[f"recall_at_{budget:g}"] = recall(self.backbone, self.heads, held_out, budget, self.group)
         self.log.write(self.state.step, overlap=found.overlap, **flat, overlap_per_head=rounded)
         if self.state.best is None or found.overlap > self.state.best:
             self.state.best = found.overlap
@@ -544,52 +550,3 @@ def _read_report(path: Path, key: dict[str, Any]) -> DataReport | None:
         return DataReport.from_dict(values) if values.pop("key") == key else None
     except (OSError, ValueError, KeyError, TypeError):
         return None  # not there, or cut by a kill: check again
-
-
-# ---------------------------------------------------------------------- surroundings
-
-
-@contextlib.contextmanager
-def _stop_on_signals() -> Iterator[list[str]]:
-    """The names of SIGINT and SIGTERM as they arrive; a second one raises KeyboardInterrupt."""
-    caught: list[str] = []
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield caught
-        return
-
-    def note(number: int, frame: object) -> None:
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(signal.Signals(number).name)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """No dropout in the backbone."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-@contextlib.contextmanager
-def _tf32(backbone: Backbone) -> Iterator[None]:
-    """Heads and labels are fp32; on CUDA with a 16-bit backbone TF32 holds its values exactly and is faster."""
-    if backbone.device.type != "cuda" or backbone.dtype not in (torch.bfloat16, torch.float16):
-        yield
-        return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
