@@ -61,6 +61,8 @@ TINY: dict[str, Any] = dict(
 def main() -> None:
     args = parse()
     device = torch.device(args.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())  # some of torch's functions want to know
     began = time.perf_counter()
     backbone = build(TINY if args.tiny else LLAMA_8B, args, device)
     sync(device)
