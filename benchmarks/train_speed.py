@@ -2,6 +2,7 @@
 
     python benchmarks/train_speed.py --cap-gb 22 --output OUT.json   # Llama-3.1-8B's shape, 10,240 tokens, d_R 1024
     python benchmarks/train_speed.py --quantize bnb-4bit --cap-gb 11 # the same over a 4-bit model (needs bitsandbytes)
+    python benchmarks/train_speed.py --table OUT.json OUT-4BIT.json  # into docs/train.md
     python benchmarks/train_speed.py --tiny --device cpu --tokens 256 --steps 4 --warmup 1 --forwards 2 --d-r 32
 
 Weights are random (made on the device from the configuration; nothing is downloaded): time and memory do not depend on
@@ -32,7 +33,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
-from common import provenance
+from common import ROOT, fill, provenance
 from torch import nn
 from torch.nn.attention import SDPBackend
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -60,6 +61,9 @@ TINY: dict[str, Any] = dict(
 
 def main() -> None:
     args = parse()
+    if args.table:
+        fill(ROOT / "docs" / "train.md", "train-speed", table([json.loads(path.read_text()) for path in args.table]))
+        return
     device = torch.device(args.device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())  # some of torch's functions want to know
@@ -135,6 +139,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quantize", choices=["bnb-4bit"], default=None, help="the backbone's linear layers")
     parser.add_argument("--cap-gb", type=float, default=None, help="most GPU memory, 10^9 bytes")
     parser.add_argument("--work", type=Path, default=None, help="folder for the heads and a checkpoint, then deleted")
+    parser.add_argument(
+        "--table", type=Path, nargs="+", default=None, help="run nothing: these files into docs/train.md"
+    )
     parser.add_argument("--output", type=Path, default=None, help="write the JSON here, after every stage")
     return parser.parse_args()
 
@@ -295,6 +302,23 @@ def peak_gb(device: torch.device) -> dict[str, float]:
         "reserved": torch.cuda.max_memory_reserved(device) / 1e9,
         "device_with_context": (total - free) / 1e9,
     }
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """A row a result file, as Markdown."""
+    lines = [
+        "| GPU, backbone, d_R | seconds a step (min to max) | over a bare pass | 3,000 samples | peak, of a cap of |",
+        "|---|---|---|---|---|",
+    ]
+    for r in results:
+        step, where = r["step_seconds"], f"{r['provenance']['device']}, {r['quantize'] or 'bf16'}, {r['d_r']}"
+        cap = f"{r['cap_gb']:g} GB" if r["cap_gb"] and "cap_failed" not in r else "none"
+        lines.append(
+            f"| {where} | {step['median']:.3f} ({step['min']:.3f} to {step['max']:.3f}), n = {r['steps_measured']} | "
+            f"{r['overhead_over_forward']:.2f}x | {r['minutes_for_3000_steps']:.1f} minutes | "
+            f"{r['peak_gb'].get('reserved', 0):.1f} GB, {cap} |"
+        )
+    return "\n".join(lines)
 
 
 def report(result: dict[str, Any], args: argparse.Namespace) -> None:
