@@ -62,10 +62,9 @@ def main() -> None:
     del model, backbone
     torch.cuda.empty_cache()
     model = build(args, device)
-    backbone = Backbone(model)
     shard_weights(model, list(model.model.layers))
     torch.cuda.empty_cache()
-    report("fsdp", steps(backbone, args, device, world))
+    report("fsdp", steps(Backbone(model), args, device, world))
     if dist.get_rank() == 0:
         print(json.dumps(result, indent=2))
     leave()

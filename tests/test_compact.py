@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 from triton_programs import compile_only, interpret
 
 from locret.cache import KVCache, Packed, Units
 from locret.errors import ConfigError
+from locret.kernels import switch
 from locret.kernels.compact import Column, compact, kept, reference_compact, reference_kept
 from locret.kernels.switch import use_triton
 from locret.select import reference_keep, select
@@ -241,24 +240,34 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here(tmp_path):
 # ---------------------------------------------------------------------- the switch
 
 
-def test_no_kernel_runs_unless_asked_for(monkeypatch):
+def test_the_switch_chooses_kernels(monkeypatch):
     class OnDevice:
         is_cuda = True
 
+    monkeypatch.setattr(switch, "_installed", lambda: True)
     monkeypatch.delenv("LOCRET_TRITON", raising=False)
+    assert use_triton("compact", OnDevice)
+    assert not use_triton("compact", torch.zeros(1))
+    monkeypatch.setenv("LOCRET_TRITON", "none")
     assert not use_triton("compact", OnDevice)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setenv("LOCRET_TRITON", "compact")
     assert use_triton("compact", OnDevice)
     assert not use_triton("decode_attention", OnDevice)
-    assert not use_triton("compact", torch.zeros(1))
     monkeypatch.setenv("LOCRET_TRITON", "all")
     assert use_triton("decode_attention", OnDevice)
     monkeypatch.setenv("LOCRET_TRITON", "compakt")
     with pytest.raises(ConfigError, match="did you mean 'compact'"):
         use_triton("compact", OnDevice)
+
+
+def test_without_triton_the_torch_paths_run_unless_a_kernel_was_asked_for(monkeypatch):
+    class OnDevice:
+        is_cuda = True
+
+    monkeypatch.setattr(switch, "_installed", lambda: False)
+    monkeypatch.delenv("LOCRET_TRITON", raising=False)
+    assert not use_triton("compact", OnDevice)
     monkeypatch.setenv("LOCRET_TRITON", "compact")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="Triton is not installed"):
         use_triton("compact", OnDevice)
 

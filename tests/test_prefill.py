@@ -145,13 +145,16 @@ def test_attention_over_the_compacted_cache_is_full_attention_without_the_evicte
             return super().score(view)
 
     outputs = []
-    inner = locret.prefill.prefix_causal_attention
 
-    def record(*args, **options):
-        outputs.append(inner(*args, **options))
-        return outputs[-1]
+    def recorded(inner):
+        def record(*args, **options):
+            outputs.append(inner(*args, **options))
+            return outputs[-1]
 
-    monkeypatch.setattr(locret.prefill, "prefix_causal_attention", record)
+        return record
+
+    for name in ("prefix_causal_attention", "two_part_attention"):
+        monkeypatch.setattr(locret.prefill, name, recorded(getattr(locret.prefill, name)))
     ids = tokens(N)
     with torch.inference_mode():
         reader = reader_of(exact, Watch(), N, budget=40, chunk_size=16, positions="original")

@@ -16,6 +16,7 @@ from test_train import SMALL, make_backbone, make_samples, run_of, same
 from locret.backbone import Backbone
 from locret.data import Sample, Samples
 from locret.errors import ConfigError, DataError
+from locret.fused import recognise
 from locret.heads import HeadInput, HeadsConfig, RetainingHeads
 from locret.methods import get_method
 from locret.parallel import Shard
@@ -49,6 +50,25 @@ def test_tokens_appended_to_reach_a_round_length_change_no_label(backbone):
     for layer, labels in labels_of(backbone, sample).items():
         assert labels.shape[-1] == len(sample.prompt_ids)
         torch.testing.assert_close(found[layer], labels, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"input": "hidden"}, {"token_chunk": 20}], ids=str)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_layers_in_fewer_kernels_teach_the_same(family, options, tmp_path):
+    """On a GPU the backbone walks through layers of the Llama shape by itself, and adds residuals in place; longer
+    inputs than token_chunk go through the modules, which can be given some tokens at a time."""
+    sample, gradients, walks = make_samples(1)[0], [], []
+    for fast in (False, True):
+        backbone = make_backbone(family)
+        if fast:
+            backbone.fused = recognise(backbone)
+            walk = backbone.fused.run
+            object.__setattr__(backbone.fused, "run", lambda *a, walk=walk, **k: walks.append(1) or walk(*a, **k))
+        run = run_of(backbone, [sample], tmp_path / str(fast), **options)
+        run.learn(sample)
+        gradients.append([p.grad for p in run.weights])
+    assert len(walks) == ("token_chunk" not in options)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.gpu

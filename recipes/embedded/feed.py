@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-PATIENCE = 120  # seconds without an answer of any worker
+PATIENCE = 60  # seconds without an answer of any worker
 
 MakeExample = Callable[[random.Random, int, int], tuple[np.ndarray, np.ndarray]]
 

@@ -49,9 +49,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=EMBEDDED)
     parser.add_argument("--output", type=Path, default=EMBEDDED / "heads")
     parser.add_argument("--work", type=Path, default=Path("runs/heads"), help="checkpoint and log")
-    parser.add_argument("--samples", type=int, default=3600)
-    parser.add_argument("--steps", type=int, default=3500)
-    parser.add_argument("--lengths", type=int, nargs=2, default=(1024, 8192))
+    parser.add_argument("--samples", type=int, default=4200)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--lengths", type=int, nargs=2, default=(1024, 16384))
     parser.add_argument("--questions", type=int, default=16, help="questions about one document, at most")
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--init", default="", help="heads to go on from")
@@ -67,8 +67,8 @@ def main() -> None:
         samples = [sample for part in pool.map(make_part, jobs) for sample in part]
     print(f"{len(samples)} samples in {time.perf_counter() - began:.0f} s", flush=True)
     config = TrainConfig(
-        steps=args.steps, lr=args.lr, init=args.init, max_length=args.lengths[1], eval_every=500, log_every=50,
-        checkpoint_every=500,
+        steps=args.steps, lr=args.lr, init=args.init, max_length=args.lengths[1], eval_every=max(500, args.steps // 4),
+        log_every=50, checkpoint_every=1000,
         description="locret.tasks.mixture.head_samples without the families word and passkey",
     )  # fmt: skip
     with progress_bar() as report:

@@ -4,12 +4,14 @@
     python recipes/embedded/pretrain.py train --text FOLDER --work RUN --resume
     torchrun --nproc-per-node 2 recipes/embedded/pretrain.py train ...     # the same batches, shared by two GPUs
     python recipes/embedded/pretrain.py evaluate --text FOLDER --work RUN
+    python recipes/embedded/pretrain.py export --work RUN --pack PACKED   # the checkpoint of a run that did not end
     python recipes/embedded/pretrain.py pack RUN/model PACKED        # parts of 15 MiB, with a checksum
     python recipes/embedded/pretrain.py unpack PACKED src/locret/models/embedded
 
 A step: the next batch from the workers (feed.py), forward and backward (lean.py), Muon and AdamW (muon.py). The
 schedule is by the clock: a stage lasts its planned seconds, and the learning rate follows the share of all planned
 seconds that is over. The clock stands still while validating and saving, so a resumed run continues where it was.
+With `--fit SECONDS` it runs faster or slower than real time, so that the schedule ends when the time given does.
 In the work folder: checkpoint.pt (replaced atomically), metrics.jsonl, model/ (the exported model).
 """
 
@@ -41,6 +43,7 @@ from locret.files import atomic_write
 
 HERE = Path(__file__).resolve().parent
 ANSWER_WEIGHT = 1.0  # tokens that weigh more than natural text are answers
+STAGE_RESERVE, END_RESERVE = 8.0, 8.0  # seconds that --fit keeps for validating and saving in a stage, and for packing
 
 
 class Staging:
@@ -97,6 +100,7 @@ class Trainer:
             self.model.compile(None if recipe.run.compile == "default" else recipe.run.compile)
             self.optimisers.muon.compile()
         self.position = {"stage": 0, "stage_step": 0, "stage_seconds": 0.0, "step": 0, "tokens": 0}
+        self.pace = 1.0  # seconds of the schedule in one second of training
         self.rope: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def rope_tables(self, rows: int, length: int) -> tuple[Tensor, Tensor]:
@@ -160,6 +164,13 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
+    def fit(self, seconds: float) -> None:
+        """Set the pace so that what is left of the schedule takes `seconds`, validation and saving included."""
+        stages, position = self.recipe.stages, self.position
+        left = sum(stage.seconds for stage in stages[position["stage"] :]) - position["stage_seconds"]
+        reserve = STAGE_RESERVE * (len(stages) - position["stage"]) + END_RESERVE
+        self.pace = max(left, 0.0) / max(seconds - reserve, 1.0)
+
     def save(self, path: Path) -> None:
         state = {
             "model": self.model.state_dict(),
@@ -177,12 +188,24 @@ class Trainer:
         self.model.load_state_dict(weights)
 
     def load(self, path: Path) -> None:
-        if not path.is_file():
-            raise DataError(f"no checkpoint at {path}; start without --resume")
-        state = torch.load(path, map_location=self.device, weights_only=True)
+        state = load_state(path, self.device)
         self.model.load_state_dict(state["model"])
         self.optimisers.load_state_dict(state["optimisers"])
         self.position = state["position"]
+
+
+def load_state(path: Path, device: torch.device) -> dict:
+    """What `Trainer.save` wrote."""
+    if not path.is_file():
+        raise DataError(f"no checkpoint at {path}; start without --resume")
+    return torch.load(path, map_location=device, weights_only=True)
+
+
+def finish(model: LeanLlama, work: Path, packed: Path | None) -> None:
+    """Write the model as transformers loads it, and its parts to carry."""
+    export(model, work / "model")
+    if packed:
+        pack(work / "model", packed)
 
 
 class Meter:
@@ -245,13 +268,15 @@ def train(
     resume: bool = False,
     init: Path | None = None,
     stop_after: float = math.inf,
+    fit: float | None = None,
     stop: Stop | None = None,
     evaluate: bool = False,
 ) -> Trainer:
     """Run the recipe from the start or from work/checkpoint.pt; returns the trainer where the run ended.
 
-    Args:    stop_after: seconds since the program started after which to save and return;  stop: set by signals;
-             evaluate: end with the full table, if the run came to its end.
+    Args:    stop_after: seconds since the program started after which to save and return;
+             fit: seconds since the program started in which the whole schedule is to end (stages in seconds);
+             stop: set by signals;  evaluate: end with the full table, if the run came to its end.
     Raises:  NumericsError: the loss is NaN or infinite (the checkpoint is from before).
     """
     stop, team = stop or Stop(), Team.from_environment()
@@ -277,6 +302,9 @@ def train(
         evaluation = Evaluation(recipe, source, feed, log) if evaluate and team.leads else None
         trainer.warm(range(first, len(recipe.stages)))
         log.say(f"compiled and warmed in {time.perf_counter() - began:.1f}s; {team.size} x {device_name(device)}")
+        if fit is not None:
+            trainer.fit(fit - (time.perf_counter() - BORN))
+            log.say(f"{trainer.pace:.2f} seconds of the schedule a second, to end after {fit:.0f} s")
         log.record("start", recipe=asdict(recipe), warm_seconds=time.perf_counter() - began, position=dict(position))
         for index in range(first, len(recipe.stages)):
             run_stage(trainer, feed, validator, evaluation, log, index, checkpoint, stop, stop_after)
@@ -340,7 +368,7 @@ def run_stage(
         sums, norm = trainer.step(*batch[0], recipe.fraction(index, done))
         meter.add(sums, norm, batch[0][0].numel() * team.size)
         before, now = now, time.perf_counter()
-        position["stage_seconds"] += now - before
+        position["stage_seconds"] += (now - before) * trainer.pace
         done = position["stage_step"] if stage.steps else position["stage_seconds"]
         if not last and done + 4.0 > stage.planned:
             feed.start(index + 1)
@@ -359,7 +387,7 @@ def run_stage(
             meter.reset()
             feed.wait_seconds, logged = 0.0, time.perf_counter()
         pause = time.perf_counter()
-        position["stage_seconds"] += pause - now  # the sync of the progress line is training time
+        position["stage_seconds"] += (pause - now) * trainer.pace  # the sync of the progress line is training time
         if now - validated >= recipe.validation.every_seconds or over:
             assert validator is not None, "the leader has one"
             validator.run(index, trainer.model, position["tokens"])
@@ -425,9 +453,14 @@ def main() -> None:
     sub.add_argument("--resume", action="store_true")
     sub.add_argument("--init", type=Path, help="folder of an exported model to go on from, with new optimisers")
     sub.add_argument("--stop-after", type=float, default=math.inf, help="seconds since start; saves, to --resume")
+    sub.add_argument("--fit", type=float, help="seconds since start in which the schedule is to end, packing included")
     sub.add_argument("--evaluate", action="store_true", help="the full table once the run is over")
     sub.add_argument("--pack", type=Path, help="pack the exported model into this folder")
     sub.add_argument("--write-compile-cache", type=Path)
+    sub = verbs.add_parser("export")
+    sub.add_argument("--recipe", type=Path, default=HERE / "recipe.toml")
+    sub.add_argument("--work", type=Path, required=True)
+    sub.add_argument("--pack", type=Path)
     for verb in ("pack", "unpack"):
         sub = verbs.add_parser(verb)
         sub.add_argument("source", type=Path)
@@ -435,6 +468,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.verb in ("pack", "unpack"):
         (pack if args.verb == "pack" else unpack)(args.source, args.target)
+        return
+    if args.verb == "export":
+        model = LeanLlama(load_recipe(args.recipe).model)
+        model.load_state_dict(load_state(args.work / "checkpoint.pt", torch.device("cpu"))["model"])
+        finish(model, args.work, args.pack)
         return
 
     recipe = load_recipe(args.recipe, args.set)
@@ -463,14 +501,13 @@ def main() -> None:
         resume=args.resume,
         init=args.init,
         stop_after=args.stop_after,
+        fit=args.fit,
         stop=stop,
         evaluate=args.evaluate,
     )
     if team.leads:
         compile_cache(args.write_compile_cache, write=True)
-        export(trainer.model, args.work / "model")
-        if args.pack:
-            pack(args.work / "model", args.pack)
+        finish(trainer.model, args.work, args.pack)
     sys.exit(75 if stop.reason else 0)  # 75: not finished, go on with --resume
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-PATIENCE = timedelta(seconds=180)  # longer than a validation; a process that is silent for so long hangs
+PATIENCE = timedelta(seconds=90)  # longer than a validation; a process that is silent for so long hangs
 
 
 @dataclass

@@ -33,6 +33,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from locret.errors import BackboneError, ConfigError, unknown
+from locret.fused import FusedModel, recognise
+from locret.kernels.decode_attention import Angles, angles_of
+from locret.kernels.rotate import rotate
 from locret.parallel import Shard, join
 
 ATTENTION_NAME = "locret"
@@ -84,6 +87,8 @@ class Rope:
         self._like = torch.zeros(1, 1, dtype=backbone.dtype, device=backbone.device)
         self._prompt_len = prompt_len
         self._tables: dict[str | None, tuple[Tensor, Tensor]] = {}
+        self._head_dim = backbone.head_dim
+        self._kinds: dict[str | None, Angles | None] = {}
         self.length = 0
         self.grow(length)
 
@@ -100,9 +105,30 @@ class Rope:
         for kind in self._types():
             cos, sin = self._angles(positions, kind)
             self._tables[kind] = (cos[0, : self.length], sin[0, : self.length])
+        self._kinds.clear()
 
-    def rotate(self, layer: int, x: Tensor, positions: Tensor) -> Tensor:
+    def angles(self, layer: int) -> Angles | None:
+        """The layer's tables as the kernels take them; None: it does not rotate, or in a way that they do not know."""
+        spec = self._layers[layer]
+        if not spec.rotated:
+            return None
+        if spec.rope_type not in self._kinds:
+            self._kinds[spec.rope_type] = angles_of(self._apply, *self._tables[spec.rope_type], self._head_dim)
+        return self._kinds[spec.rope_type]
+
+    def run(self, layer: int, x: Tensor, first: int, out: Tensor | None = None) -> Tensor:
+        """RoPE at positions first, first + 1, ... x [B, H, T, D], laid out as it is or into `out`."""
+        angles = self.angles(layer) if x.is_cuda else None  # on a CPU the family's function is as fast
+        if angles is None:
+            return self.rotate(layer, x, torch.arange(first, first + x.shape[2], device=x.device), out)
+        return rotate(x, angles, first, torch.empty_like(x) if out is None else out)
+
+    def rotate(self, layer: int, x: Tensor, positions: Tensor, out: Tensor | None = None) -> Tensor:
         """RoPE by the family's own function. x [B, H, T, D]; positions [T], [B, T] or [B, H, T], int64."""
+        turned = self._rotate(layer, x, positions)
+        return turned if out is None else out.copy_(turned)
+
+    def _rotate(self, layer: int, x: Tensor, positions: Tensor) -> Tensor:
         spec = self._layers[layer]
         if not spec.rotated:
             return x
@@ -131,6 +157,8 @@ class Backbone:
         num_layers, num_q_heads, num_kv_heads, head_dim, hidden_act: its dimensions, as the probe saw them.
         layers: one `LayerSpec` a layer.
         shard: under tensor parallelism heads are counted as they are on this process, and this says which they are.
+        calls: what each layer asks of attention.
+        fused: the layers in fewer kernels, where the family's are known (`fused`) and the model is on a GPU.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
@@ -151,6 +179,8 @@ class Backbone:
         self.num_q_heads, self.num_kv_heads, self.head_dim = found.dims
         self.shard = Shard.of(model.config, self.num_q_heads, self.num_kv_heads)
         self.hidden_act: str = getattr(model.config, "hidden_act", None) or model.config.hidden_activation
+        self.calls = found.calls
+        self.fused: FusedModel | None = recognise(self) if self.device.type == "cuda" else None
 
     @classmethod
     def load(
@@ -246,6 +276,12 @@ class Backbone:
 
         `logits=0` skips the output matrix and returns None.
         """
+        if self.fused is not None:
+            return self.fused.run(input_ids, context, logits=logits)
+        return self.run_modules(input_ids, context, logits=logits)
+
+    def run_modules(self, input_ids: Tensor, context: LayerContext, *, logits: int = 1) -> Tensor | None:
+        """`run` through transformers' own modules, whether there is a faster way or not."""
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # read by the neutral rotary only
         hidden = getattr(context, "wants_hidden", False)
         with self.seam(), _hidden_states(self.attention_modules) if hidden else contextlib.nullcontext():
@@ -359,6 +395,7 @@ class _Probe:
 
 class _Found(NamedTuple):
     layers: list[LayerSpec]
+    calls: list[AttentionCall]
     apply_rope: Callable[..., tuple[Tensor, Tensor]]
     dims: tuple[int, int, int]
     modules: list[nn.Module]
@@ -395,7 +432,13 @@ def probe(backbone: Backbone) -> _Found:
         kind = _rope_type(backbone, i)
         rotated = _is_rotated(backbone, i, neutral, real, apply_rope, positions, kind)
         layers.append(LayerSpec(rotated, _window(backbone, neutral.modules[i], neutral.calls[i], i), kind))
-    return _Found(layers, apply_rope, shapes.pop(), [neutral.modules[i] for i in range(wanted)])
+    return _Found(
+        layers,
+        [neutral.calls[i] for i in range(wanted)],
+        apply_rope,
+        shapes.pop(),
+        [neutral.modules[i] for i in range(wanted)],
+    )
 
 
 def _family_apply_rope(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:

@@ -1,8 +1,10 @@
 """KV units in slabs that are allocated once: append, keep, copy, save.
 
-One slab a layer holds at most `capacity` units. While a layer works on a chunk, its old units and the chunk's lie
-together in one workspace that all layers share, so that only one layer at a time holds budget + chunk: the peak is
-layers * budget + (budget + chunk) units, not layers * (budget + chunk) as in the published code.
+One slab a layer holds at most `capacity` units. While a layer works on a chunk, the chunk's units lie beside its old
+ones, and as soon as it is done what stays is moved up within the slab: only one layer at a time holds more than its
+budget, and nothing is copied that does not move. Methods that look at all units at once want them in one piece; for
+those old and new lie together in one workspace that all layers share. The peak is layers * budget + (budget + chunk)
+units, not layers * (budget + chunk) as in the published code.
 
 Every unit carries its score, its original position, whether the caller protected it and, for methods that ask for
 them, numbers of the method's own; all of them move with it. Keys are stored before RoPE: which angle a unit gets is
@@ -29,6 +31,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from locret.kernels.compact import Column, compact, compact_scratch
 from locret.storage import Codec, Stored, allocate, get_codec, stored_bytes
 
 NAMES = ("k", "v", "score", "position", "protected", "state")
@@ -197,6 +200,7 @@ class LayerCache:
     evicted: bool = False  # False: original positions are still 0, 1, 2 ...
     _joined: Units | None = field(default=None, repr=False)  # old units and the chunk's, between append and keep
     _source: Units | Packed | None = field(default=None, repr=False)  # the same, as stored
+    _beside: Units | None = field(default=None, repr=False)  # a chunk that was not joined, between beside and keep
 
     def units(self) -> Units:
         """The units in use: a view, or decoded."""
@@ -262,6 +266,12 @@ class LayerCache:
         self._source = self._joined = place[slice(0, total)]
         return self._joined
 
+    def beside(self, new: Units) -> Units:
+        """Instead of `append`: the chunk stays where it is until `keep`, nothing is copied. Returns the held units."""
+        assert isinstance(self.slab, Units), "codes are joined with codes"
+        self._beside = new
+        return self.slab[slice(0, self.held)]
+
     def rewrite(self, k: Tensor, v: Tensor) -> None:
         """The appended units take these keys and values, [B, Hkv, S, D]; codes of units that do not change stay."""
         assert self._joined is not None
@@ -276,6 +286,11 @@ class LayerCache:
 
     def keep(self, keep: Tensor) -> None:
         """Of the appended units only those at `keep` [B, Hkv, b] stay."""
+        if self._beside is not None:
+            compact(self._columns(self._beside), keep)
+            self.evicted = True
+            self._done(keep.shape[-1])
+            return
         assert self._source is not None
         _write(self.slab, 0, self._source.gather(keep))  # gathered first: source and target may overlap
         self.evicted = True
@@ -303,8 +318,16 @@ class LayerCache:
         self._joined = self._source.units()
         return self._joined
 
+    def compact_bytes(self, keep: int) -> int:
+        """Memory that keeping so many of the units beside each other takes for a moment."""
+        return 0 if self._beside is None else compact_scratch(self._columns(self._beside), keep)
+
+    def _columns(self, new: Units) -> list[Column]:
+        slab, theirs = self.slab.tensors(), new.tensors()
+        return [Column(mine[:, :, : self.held], theirs[name], mine) for name, mine in slab.items() if mine.numel()]
+
     def _done(self, held: int) -> None:
-        self.held, self._source, self._joined = held, None, None
+        self.held, self._source, self._joined, self._beside = held, None, None, None
 
 
 @dataclass
@@ -410,15 +433,18 @@ class KVCache:
         ragged: the KV heads of a layer share its capacity and may keep different numbers of units.
         spare: room in every slab for a chunk that is evicted from after the forward pass only.
         storage: the codec that slabs hold K and V in.
+        joins: chunks that overflow a slab are put behind its units, in the workspace; False: they stay beside them.
     """
 
     def __init__(
         self, *, windows: list[int | None], batch: int, num_kv_heads: int, head_dim: int,
         capacity: int | Sequence[int] | None, chunk_size: int, dtype: torch.dtype, device: torch.device,
         initial: int = 0, state: int = 0, ragged: bool = False, spare: int = 0, storage: str = "dense",
+        joins: bool = True,
     ) -> None:  # fmt: skip
         self.codec = None if storage == "dense" else get_codec(storage)
         self.capacity = capacity
+        self.joins = joins
         self.chunk_size = chunk_size
         self.seen = 0  # tokens read so far, kept or not
         self._shape = (batch, num_kv_heads)
@@ -432,8 +458,8 @@ class KVCache:
                 self.layers.append(RaggedLayer(self._new(num_kv_heads * units, heads=1), lengths=lengths))
             else:
                 self.layers.append(LayerCache(self._new(units + spare if window is None else window - 1), window))
-        fixed = [len(layer.slab) for layer in self.layers
-                 if layer.window is not None or (capacity is not None and not ragged and not spare)]  # fmt: skip
+        joins = joins and capacity is not None and not ragged and not spare
+        fixed = [len(layer.slab) for layer in self.layers if layer.window is not None or joins]
         self.workspace = self._dense(max(fixed) + chunk_size) if fixed and self.codec is None else None
         self.peak_bytes = self.nbytes + self.workspace_bytes
 

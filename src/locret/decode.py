@@ -80,6 +80,7 @@ class Decoder:
             self._texts = [TextStream(backbone.tokenizer, sampling.stop, strip_start=strip_start) for _ in range(rows)]
         self._tokens: list[list[int]] = [[] for _ in range(rows)]
         self._reasons: list[str | None] = [None] * rows
+        self._ahead: Tensor | None = None  # logits of a step whose tokens the host has not seen yet
         self._prompt_tokens = 0
         self._prefill_seconds = self._decode_seconds = 0.0
         self.pending: list[int | None] = [None] * rows
@@ -88,21 +89,27 @@ class Decoder:
     def pieces(self) -> Iterator[list[str]]:
         """Run; yields every row's new text after each step."""
         started = time.perf_counter()
-        with self._reader.backbone.seam():
-            logits = self._prefill()
-            self._prompt_tokens = self._reader.cache.seen
-            tokens = self._sampler(self._ids, logits)
-            chosen = tokens.tolist()  # waits for the device, so the clock below is honest
-            self._prefill_seconds = time.perf_counter() - started
-            started = time.perf_counter()
-            yield self._take(chosen)
-            while None in self._reasons:
-                if self._sampling.repetition_penalty != 1.0:
-                    self._ids = torch.cat((self._ids, tokens[:, None].to(self._ids.device)), 1)
-                tokens = self._sampler(self._ids, self._reader.step(tokens))
-                chosen = tokens.tolist()
-                self._decode_seconds = time.perf_counter() - started
+        try:
+            with self._reader.backbone.seam():
+                logits = self._prefill()
+                self._prompt_tokens = self._reader.cache.seen
+                tokens = self._sampler(self._ids, logits)
+                chosen = self._read_back(tokens)  # waits for the device, so the clock below is honest
+                self._prefill_seconds = time.perf_counter() - started
+                started = time.perf_counter()
                 yield self._take(chosen)
+                while None in self._reasons:
+                    if self._sampling.repetition_penalty != 1.0:
+                        self._ids = torch.cat((self._ids, tokens[:, None].to(self._ids.device)), 1)
+                    logits = self._reader.step(tokens) if self._ahead is None else self._ahead
+                    tokens = self._sampler(self._ids, logits)
+                    chosen = self._read_back(tokens)
+                    self._decode_seconds = time.perf_counter() - started
+                    yield self._take(chosen)
+        finally:
+            if self._ahead is not None:
+                self._reader.unread()
+            self._reader.settle()
         yield self._finish()
 
     def outputs(self) -> list[Output]:
@@ -117,6 +124,27 @@ class Decoder:
             )
             for i in rows
         ]
+
+    def _read_back(self, tokens: Tensor) -> list[int]:
+        """The tokens on the host. Where steps are replayed the next one is launched before waiting: the device is never
+        idle while text is made, and a step too many is taken back at the end."""
+        self._ahead = None
+        if not self._reader.can_unread or self._is_last():
+            return tokens.tolist()
+        copy = tokens.to("cpu", non_blocking=True)
+        event = None
+        if tokens.is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+        self._ahead = self._reader.step(tokens)
+        if event is not None:
+            event.synchronize()
+        return copy.tolist()
+
+    def _is_last(self) -> bool:
+        """Whether these are the last tokens that may be generated."""
+        most = self._sampling.max_new_tokens - 1
+        return all(reason is not None or len(row) >= most for reason, row in zip(self._reasons, self._tokens))
 
     def _take(self, chosen: list[int]) -> list[str]:
         pieces = []

@@ -122,8 +122,8 @@ class _Sum(torch.autograd.Function):
 def shard_weights(model: Any, layers: list[nn.Module]) -> None:
     """Spread the weights of a causal language model over the group, its decoder `layers` one by one (FSDP2).
 
-    Weights go to this process's GPU where there is one. The output matrix stays where it is and whole: passes that
-    make no logits do not read it.
+    Before a `Backbone` is made of it on a GPU, which may keep whole weights. They go to this process's GPU where there
+    is one. The output matrix stays where it is and whole: passes that make no logits do not read it.
     Raises: ConfigError: there is no group.
     """
     if not join():

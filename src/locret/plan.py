@@ -23,7 +23,7 @@ from typing import Any, cast
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from locret.backbone import Backbone, LayerSpec
+from locret.backbone import AttentionCall, Backbone, LayerSpec
 from locret.cache import unit_bytes
 from locret.config import CacheConfig, CachePlan
 from locret.errors import BackboneError, ConfigError, HeadsError, unknown
@@ -48,6 +48,7 @@ class Shape:
         matmul: numbers in the layers' matrices that one token meets: multiply-adds a token.
         output: numbers in the output matrix.
         max_length: the longest input the model was trained for.
+        softcap: of attention's logits; such attention takes a layer's units in one piece.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Shape:
     matmul: int
     output: int
     max_length: int
+    softcap: float | None = None
 
     @property
     def num_layers(self) -> int:
@@ -104,6 +106,7 @@ class Shape:
             matmul=sum(int(n * active) if ".experts." in f".{key}" else n for key, n in matrices),
             output=model.get_output_embeddings().weight.numel(),
             max_length=int(getattr(config, "max_position_embeddings", 0) or 0),
+            softcap=getattr(config, "attn_logit_softcapping", None),
         )  # fmt: skip
 
     @classmethod
@@ -256,6 +259,12 @@ def footprint(
     edges = reader.edges(prompt_len, min(reader.plan.local_window, prompt_len))
     joined = max(_most_joined(held, edges, total) for held in set(units))
     numbers = 2 * shape.head_dim * dtype.itemsize
+    budgeted = {held for held, window in zip(units, shape.windows, strict=True) if window is None}
+    beside = (
+        0
+        if reader.cache.joins or config.storage != "dense"
+        else _moved(budgeted, edges, total) * shape.num_kv_heads * numbers // 2
+    )
     each = shape.num_kv_heads * (
         shape.head_dim * dtype.itemsize  # rotated keys
         + (numbers + _unit(shape, method, dtype, config.storage) if config.storage != "dense" else 0)
@@ -263,7 +272,8 @@ def footprint(
     )
     reach = max(units) + reader.cache.chunk_size + 1 if reader.plan.positions == "compact" else total + 1
     return Footprint(
-        plan=reader.plan, slabs=reader.cache.nbytes, workspace=reader.cache.workspace_bytes, scratch=joined * each,
+        plan=reader.plan, slabs=reader.cache.nbytes, workspace=reader.cache.workspace_bytes,
+        scratch=max(joined * each, beside),
         rope=2 * reach * shape.head_dim * dtype.itemsize, units=units,
         chunks=tuple(stop - start for start, stop in itertools.pairwise(edges)),
     )  # fmt: skip
@@ -277,6 +287,7 @@ def _allocate(
     stand_in: Any = SimpleNamespace(
         layers=[LayerSpec(True, window, None) for window in shape.windows], num_kv_heads=shape.num_kv_heads,
         num_q_heads=shape.num_q_heads, num_layers=shape.num_layers, head_dim=shape.head_dim, dtype=dtype,
+        calls=[AttentionCall(1.0, shape.softcap, None)],
         device=torch.device("meta"), rope=lambda length, prompt_len: None,
         model=SimpleNamespace(config=SimpleNamespace(max_position_embeddings=shape.max_length)),
     )  # fmt: skip
@@ -294,6 +305,16 @@ def _most_joined(capacity: int, edges: list[int], total: int) -> int:
     """Units and chunk, at the moment when a layer has most of them."""
     prefill = max(min(start, capacity) + stop - start for start, stop in itertools.pairwise(edges))
     return max(prefill, min(total - 1, capacity + 1))
+
+
+def _moved(capacities: set[int], edges: list[int], total: int) -> int:
+    """Units that lie in scratch when a layer moves those that stay: all there are, and the ones that stay."""
+    found = [0]
+    for capacity in capacities:
+        joined = [min(start, capacity) + stop - start for start, stop in itertools.pairwise(edges)]
+        joined.append(min(total - 1, capacity) + 1)
+        found += [count + capacity for count in joined if count > capacity]
+    return max(found)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ from locret.backbone import AttentionCall, Backbone, Rope, model_length
 from locret.cache import KVCache, LayerCache, Units, unit_bytes
 from locret.config import CacheConfig, CachePlan
 from locret.errors import ConfigError, NumericsError
-from locret.kernels.attention import prefix_causal_attention
+from locret.graph import MOST_STASHED, StepGraph
+from locret.kernels.attention import prefix_causal_attention, two_part_attention
 from locret.methods.base import BIAS, ChunkView, Joined, Method
 from locret.observe import AttentionProbe, surprisal
 from locret.select import check_pins, finite, pin
@@ -49,6 +50,7 @@ class Reader:
     num_protected: int = 0
     budgets: list[int] = field(default_factory=list)  # per layer; layers with a window do not read theirs
     last_logits: Tensor | None = None  # [B, V], for methods that want surprisal
+    _graph: StepGraph | bool | None = field(default=None, init=False, repr=False)  # False: its steps are not all alike
 
     @classmethod
     def start(
@@ -102,7 +104,7 @@ class Reader:
             windows=windows, batch=batch, num_kv_heads=backbone.num_kv_heads, head_dim=backbone.head_dim,
             capacity=capacity, chunk_size=chunk, dtype=backbone.dtype, device=backbone.device, initial=initial,
             state=len(method.state), ragged=method.ragged, spare=chunk if method.wants_surprisal else 0,
-            storage=plan.storage,
+            storage=plan.storage, joins=_joins(backbone, method),
         )  # fmt: skip
         # families with length-dependent frequencies choose them once, by the longest position they will be shown
         longest, reach = prompt_len or model_length(backbone.model), initial + chunk
@@ -113,6 +115,7 @@ class Reader:
 
     def copy(self) -> Reader:
         """An independent copy; the rotation tables are shared, they only grow."""
+        self.settle()
         return dataclasses.replace(self, cache=self.cache.copy())
 
     def read(
@@ -159,11 +162,40 @@ class Reader:
     def step(self, tokens: Tensor) -> Tensor:
         """Decode: read one token a row, [B]; returns logits [B, V].
 
-        When the budget is full, one eviction makes room for `decode_interval` steps; the newest units are pinned.
+        When the budget is full, one eviction makes room for `decode_interval` steps; the newest units are pinned. On a
+        GPU steps in between are replayed from a graph: call `settle` before reading the cache.
         """
+        graph = self._step_graph()
+        if graph is not None and graph.room():
+            return graph.step(tokens)
         logits = self._run(ChunkPass.of_step(self), tokens[:, None], logits=1)
         assert logits is not None
         return logits[:, -1]
+
+    @property
+    def can_unread(self) -> bool:
+        """Whether `unread` could take back a `step` now."""
+        graph = self._step_graph()
+        return graph is not None and graph.room()
+
+    def unread(self) -> None:
+        """Take back the last `step`: the token is not in the cache any more."""
+        assert isinstance(self._graph, StepGraph)
+        self._graph.undo()
+
+    def settle(self) -> None:
+        """Make the cache whole after `step`s: scores and positions of the units that they added.
+
+        Raises: NumericsError: scores that are NaN or infinite.
+        """
+        if isinstance(self._graph, StepGraph) and not self._graph.flush():
+            raise _not_finite(self.method, self.cache.seen - MOST_STASHED, self.cache.seen)
+
+    def _step_graph(self) -> StepGraph | None:
+        if self._graph is None:
+            on_gpu = self.backbone.device.type == "cuda"
+            self._graph = (StepGraph.of(self, capture=True) if on_gpu else None) or False
+        return self._graph if isinstance(self._graph, StepGraph) else None
 
     def follow(self, ids: Tensor) -> Tensor:
         """Read a known text [B, T] behind what was read before; returns the logits after every token, [B, T, V].
@@ -185,6 +217,7 @@ class Reader:
         return self._run(ChunkPass(self, target, newest, protected, ids.shape[1]), ids, logits=logits)
 
     def _run(self, chunk: ChunkPass, ids: Tensor, *, logits: int) -> Tensor | None:
+        self.settle()
         out = self.backbone.run(ids, chunk, logits=ids.shape[1] if self.method.wants_surprisal else logits)
         chunk.finish(ids, out)
         return out
@@ -205,6 +238,8 @@ class ChunkPass:
         window = held.window
         before = held.width
         view = ChunkView(layer, q, k, v, self.start, call.scale, call.hidden)
+        if window is None and self._overflows(held, k.shape[2]) and not _joins(self.reader.backbone, method):
+            return self._attend_beside(held, view)
         early = window is None and method.evicts and not method.rescoring and not method.wants_surprisal
         units = self.cache.append(
             layer, self._new_units(k, v, method.score(view) if early else k.new_zeros(k.shape[:3]))
@@ -230,6 +265,56 @@ class ChunkPass:
             scratch += self._evict(held, units, view) + probe.scratch_bytes
         self.cache.note_scratch(scratch)
         return out
+
+    def _overflows(self, held: LayerCache, count: int) -> bool:
+        return type(held) is LayerCache and isinstance(held.slab, Units) and held.held + count > len(held.slab)
+
+    def _attend_beside(self, held: LayerCache, view: ChunkView) -> Tensor:
+        """`attend` where the layer will evict and its old units and the chunk's need not lie together."""
+        layer, before, count = view.layer, held.held, view.k.shape[2]
+        new = self._new_units(view.k, view.v, self.reader.method.score(view))
+        old = held.beside(new)
+        shape = (*new.k.shape[:2], before + count, new.k.shape[3])
+        keys = torch.empty(shape, dtype=new.k.dtype, device=new.k.device)
+        if self.plan.positions == "original" and held.evicted:
+            at = torch.arange(self.start, self.start + count, device=keys.device)
+            self.reader.rope.grow(self.start + count)
+            self.reader.rope.rotate(layer, old.k, old.position, out=keys[:, :, :before])
+            self.reader.rope.rotate(layer, new.k, at, out=keys[:, :, before:])
+            q = self.reader.rope.rotate(layer, view.q, at)
+        else:
+            first = self.start - before if self.plan.positions == "original" else 0
+            self.reader.rope.grow(first + before + count)
+            self.reader.rope.run(layer, old.k, first, out=keys[:, :, :before])
+            self.reader.rope.run(layer, new.k, first + before, out=keys[:, :, before:])
+            q = self.reader.rope.run(layer, view.q, first + before)
+        out = two_part_attention(
+            q, (keys[:, :, :before], old.v), (keys[:, :, before:], new.v), scale=view.scale
+        )  # fmt: skip
+        self.cache.note_scratch(keys.nbytes)
+        del q, keys
+        score, position, protected = (
+            torch.cat((getattr(old, name), getattr(new, name)), 2) for name in ("score", "position", "protected")
+        )
+        self.finite = finite(new.score) & self.finite
+        keep = self._kept(view, score, position, protected)
+        self.cache.note_scratch(held.compact_bytes(keep.shape[-1]))
+        held.keep(keep)
+        return out
+
+    def _kept(self, view: ChunkView, score: Tensor, position: Tensor, protected: Tensor) -> Tensor:
+        """Indices of the units that stay, of all that a layer has at the moment, [B, Hkv, S] each."""
+        target = self._target(view.layer)
+        pinned = pin(protected, num_sinks=self.plan.num_sinks, num_newest=self.newest, positions=position)
+        return self.reader.method.select(score, target, pinned, view)
+
+    def _target(self, layer: int) -> int:
+        """Units that an eviction leaves in a layer."""
+        assert self.plan.budget is not None
+        assert self.target is not None
+        target = self.reader.budgets[layer] - (self.plan.budget - self.target)
+        check_pins(self.plan.num_sinks + self.reader.num_protected + self.newest, target)
+        return target
 
     def _bias(self, units: Units, padding: Tensor | None) -> Tensor | None:
         """What is added to every unit's logits, [B, Hkv, S]: the method's, and -inf on what pads a ragged head."""
@@ -257,11 +342,7 @@ class ChunkPass:
             self.score_tokens(surprisal(logits, ids, reader.last_logits))
             reader.last_logits = logits[:, -1]
         if not bool(self.finite):
-            raise NumericsError(
-                f"method {reader.method.name!r} gave NaN or infinite scores between tokens {seen} and "
-                f"{seen + ids.shape[1]}; the heads or the model's weights are broken, or the dtype overflows "
-                "(try --dtype float32)"
-            )
+            raise _not_finite(reader.method, seen, seen + ids.shape[1])
         self.cache.seen += ids.shape[1]
 
     def score_tokens(self, nats: Tensor) -> None:
@@ -334,8 +415,7 @@ class ChunkPass:
         if total <= budget:
             held.settle()
             return 0
-        target = budget - (self.plan.budget - self.target)
-        check_pins(self.plan.num_sinks + self.reader.num_protected + self.newest, target)
+        target = self._target(view.layer)
         pinned = pin(units.protected, num_sinks=self.plan.num_sinks, num_newest=self.newest, positions=units.position)
         scores = units.score
         if padding is not None:
@@ -350,6 +430,19 @@ class ChunkPass:
             units.state[..., method.state.index(BIAS)] = merged.bias
         held.keep(keep)
         return merged.k.nbytes + merged.v.nbytes
+
+
+def _joins(backbone: Backbone, method: Method) -> bool:
+    """Whether chunks must lie behind the cached units, in one piece, to be attended to or chosen from."""
+    looks = method.rescoring or method.reduces or method.wants_surprisal or not method.evicts or BIAS in method.state
+    return looks or any(call.softcap is not None for call in backbone.calls)
+
+
+def _not_finite(method: Method, first: int, last: int) -> NumericsError:
+    return NumericsError(
+        f"method {method.name!r} gave NaN or infinite scores between tokens {max(0, first)} and {last}; the heads or "
+        "the model's weights are broken, or the dtype overflows (try --dtype float32)"
+    )
 
 
 def _layer_budgets(method: Method, plan: CachePlan, windows: list[int | None], num_protected: int) -> list[int]:

@@ -382,3 +382,54 @@ def test_chat_template(tokenizer):
     ids = tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
     assert ids == encode(tokenizer, text)
     assert ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_fit_paces_what_is_left_of_the_schedule():
+    stages = [{"length": 16, "seconds": s, "tokens_per_step": 128} for s in (30.0, 50.0)]
+    trainer = pretrain.Trainer(
+        recipe_from({"model": TINY, "stages": stages, "run": {"micro_tokens": 64, "compile": "off"}}),
+        torch.device("cpu"),
+    )
+    trainer.fit(40.0 + 2 * pretrain.STAGE_RESERVE + pretrain.END_RESERVE)
+    assert trainer.pace == 2.0  # 80 seconds of schedule in 40
+    trainer.position.update(stage=1, stage_seconds=10.0)
+    trainer.fit(80.0 + pretrain.STAGE_RESERVE + pretrain.END_RESERVE)
+    assert trainer.pace == 0.5
+    trainer.fit(-5.0)  # too late: what is left is over after a step
+    assert trainer.pace == 40.0
+
+
+def test_a_run_that_is_late_ends_its_schedule_in_the_time_given(tmp_path):
+    late = recipe_from(
+        {
+            "model": TINY,
+            "stages": [{"length": 16, "seconds": 500.0, "tokens_per_step": 128}],
+            "validation": {"num_samples": 1, "text_tokens": 128, "tasks": ["kv"]},
+            "run": {"micro_tokens": 64, "workers": 2, "slots": 4, "compile": "off"},
+        }
+    )
+    trainer = run(late, tmp_path, fit=0.0)
+    assert trainer.position["stage"] == 1
+    assert 0 < trainer.position["step"] < 400
+
+
+def test_export_verb_saves_the_model_of_a_run_that_did_not_end(tmp_path, monkeypatch):
+    recipe = tmp_path / "recipe.toml"
+    shape = "\n".join(f"{name} = {value}" for name, value in TINY.items())
+    recipe.write_text(f"[model]\n{shape}\n[[stages]]\nlength = 16\nsteps = 1\ntokens_per_step = 65536\n")
+    trainer = run(tiny_recipe(), tmp_path / "run")
+    arguments = ["export", "--recipe", recipe, "--work", tmp_path / "run", "--pack", tmp_path / "packed"]
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, arguments)])
+    pretrain.main()
+    unpack(tmp_path / "packed", tmp_path / "back")
+    from safetensors.torch import load_file
+
+    found = load_file(tmp_path / "back" / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(found[name], trainer.model.state_dict()[name].to(torch.bfloat16))
+
+
+def test_mend_recipe_can_be_shared_by_two():
+    recipe = load_recipe(ROOT / "recipes" / "embedded" / "mend.toml")
+    recipe.check_team(2)
+    assert recipe.model == load_recipe(ROOT / "recipes" / "embedded" / "recipe.toml").model

@@ -23,6 +23,7 @@ from locret.tasks import (
     ProseFiller,
     build,
     head_samples,
+    mixture,
     prose,
     score,
     training_example,
@@ -504,6 +505,21 @@ def test_head_samples_with_more_questions_ask_about_other_facts_too(tokenizer, f
     for sample in many:
         assert tokenizer.decode(sample["answer_ids"]).startswith(f" {sample['answer']}<|end|>")
         assert len(sample["prompt_ids"]) <= 1500
+
+
+def test_strange_words_are_none_that_evaluation_keeps_for_itself(tokenizer):
+    vocabulary = mixture._vocabulary(tokenizer)
+    kept = {word.lower() for name in sections() for word in words(name, "heldout")}
+    assert len(set(vocabulary)) > 20_000
+    assert not kept & set(vocabulary)
+
+
+def test_strange_keys_names_and_values_stand_in_the_place_of_list_words():
+    world = f.World(random.Random(0), strange=1.0, vocabulary=("qua",))
+    assert world.pair_key() == "qua-qua"
+    assert world.new_person() == "Qua Qua"
+    assert {world.value(kind) for kind in ("word", "town", "profession")} == {"qua", "Qua"}
+    assert "qua" not in f.World(random.Random(0), vocabulary=("qua",)).pair_key()
 
 
 def test_garbled_facts_keep_key_and_value_and_are_alone_about_them(tokenizer, filler):

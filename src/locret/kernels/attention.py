@@ -4,6 +4,7 @@ The last T of the S keys are the chunk's own, so query t sees keys 0 .. S-T+t ("
 No [T, S] mask and no score matrix is built:
 
 * CUDA, bf16/fp16: one FlashAttention-2 call; it is lower-right causal, takes fewer KV heads and a window as they are.
+  Long chunks on Hopper: the two calls below, each on cuDNN.
 * elsewhere: two fused calls, prefix (all visible) and chunk (square causal), merged by their log-sum-exps:
       w = sigmoid(lse_b - lse_a);  out = lerp(out_a, out_b, w)
 * softcap, a bias, or a window where no fused kernel takes it: plain matmuls over blocks of query rows, so that the
@@ -14,8 +15,12 @@ Shapes: B batch, T chunk, S keys, Hq/Hkv heads, G = Hq // Hkv, D head dim.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
+
+from locret.kernels.switch import use_triton
 
 _ROWS = 256  # query rows per block of the blocked path
 
@@ -40,7 +45,7 @@ def prefix_causal_attention(
         window = None
     if softcap is not None or bias is not None or (window is not None and not _flash_takes(q)):
         return _blocked(q, k, v, scale, softcap, window, bias)
-    if _flash_takes(q):
+    if _flash_takes(q) and (window is not None or q.shape[2] < _CUDNN_ROWS or not _cudnn_is_fast(q.device, q.shape[3])):
         return _flash(q, k, v, scale, window)
     return _two_parts(q, k, v, scale)
 
@@ -79,28 +84,67 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) ->
 
 
 def _two_parts(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    t, prefix = q.shape[2], k.shape[2] - q.shape[2]
-    if t == 1:
+    if q.shape[2] == 1:
         return _part(q, k, v, scale, causal=False)[0]
-    own, own_lse = _part(q, k[:, :, prefix:], v[:, :, prefix:], scale, causal=True)
-    if prefix == 0:
+    prefix = k.shape[2] - q.shape[2]
+    return two_part_attention(
+        q, (k[:, :, :prefix], v[:, :, :prefix]), (k[:, :, prefix:], v[:, :, prefix:]), scale=scale
+    )
+
+
+def two_part_attention(
+    q: Tensor, prefix: tuple[Tensor, Tensor], chunk: tuple[Tensor, Tensor], *, scale: float
+) -> Tensor:
+    """`prefix_causal_attention` where what was cached before and the chunk's own units lie in tensors of their own.
+
+    Args:
+        q: rotated queries, [B, Hq, T, D].
+        prefix: rotated keys and values of the P units before, all visible, [B, Hkv, P, D] each; P may be 0.
+        chunk: those of the queries' own tokens, seen causally, [B, Hkv, T, D].
+
+    On a Hopper GPU the fastest there is for long chunks: cuDNN takes fewer KV heads as they are and reaches 680 TFLOP/s
+    over the prefix where FlashAttention-2 has 360 (one H200, benchmarks/results/kernels.json).
+    """
+    own, own_lse = _part(q, *chunk, scale, causal=True)
+    if prefix[0].shape[2] == 0:
         return own
-    old, old_lse = _part(q, k[:, :, :prefix], v[:, :, :prefix], scale, causal=False)
-    weight = torch.sigmoid(own_lse - old_lse)[..., None].to(q.dtype)
-    return torch.lerp(old, own, weight)
+    old, old_lse = _part(q, *prefix, scale, causal=False)
+    if use_triton("merge", old):
+        from locret.kernels.merge_triton import merge_triton
+
+        return merge_triton(old, own, old_lse, own_lse)
+    return torch.lerp(old, own, torch.sigmoid(own_lse - old_lse)[..., None].to(q.dtype))
+
+
+_CUDNN_ROWS = 1024  # fewer: FlashAttention; every new shape costs cuDNN 40 ms of planning once, and short ends differ
 
 
 def _part(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """One fused call: [B, Hq, T, D] and the log-sum-exp of its logits, [B, Hq, T]."""
-    if q.is_cuda:  # fp32 and odd head dims; small cases only, so expanding KV costs little
-        groups, t = q.shape[1] // k.shape[1], q.shape[2]
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-            q, k, v, None, True, 0.0, causal, scale=scale
+    """One fused call: [B, Hq, T, D] and the log-sum-exp of its logits, fp32 [B, Hq, T]."""
+    t = q.shape[2]
+    if not q.is_cuda:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+    if _flash_takes(q) and t >= _CUDNN_ROWS and _cudnn_is_fast(q.device, q.shape[-1]):
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, 0.0, causal, False, scale=scale
         )
-        return out, lse[..., :t]  # the kernel pads its rows to a multiple of 32
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-    return out, lse
+        return out, lse.view(*q.shape[:3])
+    if _flash_takes(q):
+        rows = [x.transpose(1, 2) for x in (q, k, v)]  # [B, T, H, D]; the kernel reads any strides
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            *rows, None, None, t, k.shape[2], 0.0, causal, False, scale=scale
+        )
+        return out.transpose(1, 2), lse
+    groups = q.shape[1] // k.shape[1]  # fp32 and odd head dims; small cases only, so expanding KV costs little
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)
+    return out, lse[..., :t]  # the kernel pads its rows to a multiple of 32
+
+
+@functools.cache
+def _cudnn_is_fast(device: torch.device, dim: int) -> bool:
+    """On Hopper; on older cards FlashAttention-2 is as fast, and on newer ones nobody here has looked."""
+    return torch.cuda.get_device_capability(device)[0] == 9 and dim <= 128 and torch.backends.cudnn.is_available()
 
 
 def _blocked(

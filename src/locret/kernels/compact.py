@@ -86,6 +86,19 @@ def compact(columns: list[Column], keep: Tensor) -> None:
         reference_compact(columns, keep)
 
 
+def compact_scratch(columns: list[Column], keep: int) -> int:
+    """Bytes that `compact` allocates for a moment, for so many units that stay."""
+    if use_triton("compact", columns[0].out):
+        return 0
+
+    def bytes_of(column: Column) -> int:
+        old, new, out = column
+        both = 0 if new is None else old.shape[2] + new.shape[2]
+        return (both + keep) * out[:, :, :1].numel() * out.element_size()
+
+    return max(bytes_of(column) for column in columns)
+
+
 def reference_compact(columns: list[Column], keep: Tensor) -> None:
     """`compact` by gather and copy."""
     for old, new, out in columns:

@@ -1,12 +1,14 @@
-"""Which Triton kernels run: none, until a measurement on the device says that one wins (docs/kernels.md).
+"""Which Triton kernels run on a GPU: all of those that won when they were measured (docs/kernels.md).
 
+LOCRET_TRITON=none                       none: the torch paths
 LOCRET_TRITON=compact,decode_attention   these
+LOCRET_TRITON= (or not set)              those that won: WINNERS
 LOCRET_TRITON=all                        all of them
-LOCRET_TRITON= (or not set)              none: the torch paths
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 
@@ -14,7 +16,8 @@ from torch import Tensor
 
 from locret.errors import ConfigError, unknown
 
-KERNELS = ("compact", "decode_attention")
+WINNERS = ("append", "compact", "decode_attention", "linear", "merge", "rotate")
+KERNELS = WINNERS
 VARIABLE = "LOCRET_TRITON"
 
 
@@ -23,12 +26,29 @@ def use_triton(kernel: str, x: Tensor) -> bool:
 
     Raises: ConfigError: the variable names no kernel, or names one and Triton is not installed.
     """
-    wanted = [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
-    for name in wanted:
-        if name != "all" and name not in KERNELS:
-            raise unknown(VARIABLE, name, ("all", *KERNELS))
-    if not x.is_cuda or not {"all", kernel} & set(wanted):
+    if not x.is_cuda:
         return False
-    if importlib.util.find_spec("triton") is None:
+    value = os.environ.get(VARIABLE, "")
+    if kernel not in _wanted(value):
+        return False
+    if not _installed():
+        if not value:
+            return False
         raise ConfigError(f"{VARIABLE} asks for {kernel}, but Triton is not installed; pip install 'locret[gpu]'")
     return True
+
+
+@functools.cache
+def _wanted(value: str) -> frozenset[str]:
+    names = [name.strip() for name in value.split(",") if name.strip()]
+    for name in names:
+        if name not in ("all", "none", *KERNELS):
+            raise unknown(VARIABLE, name, ("all", "none", *KERNELS))
+    if not names:
+        return frozenset(WINNERS)
+    return frozenset(KERNELS) if "all" in names else frozenset(names)
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None

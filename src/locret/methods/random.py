@@ -16,6 +16,7 @@ class Random(Method):
     """A unit's draw depends on the seed, the layer and its position: a row in a batch gets what it gets alone."""
 
     summary: ClassVar[str] = "random units stay"
+    per_token: ClassVar[bool] = True
 
     seed: int = 0
 

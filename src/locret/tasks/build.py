@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -118,7 +118,9 @@ class Plan:
     hard: bool = False  # chains are asked for every variable, facts come with hard distractors
     fill: float = 1.0
     chain_share: float = 0.2
-    garble: float = 0.0  # see families.World; training only
+    garble: float = 0.0  # this and the next two: see families.World; training only
+    strange: float = 0.0
+    vocabulary: tuple[str, ...] = field(default=(), repr=False)
 
 
 Fit = Callable[[tuple[Question, ...]], int]  # questions -> tokens the document must have
@@ -218,7 +220,9 @@ class _Piece:
 
 
 def _sparse(rng: random.Random, plan: Plan, encoder: Encoder, filler: Filler, fit: Fit, seed: int | str) -> Sample:
-    world = f.World(rng, plan.wording, plan.values, garble=plan.garble)
+    world = f.World(
+        rng, plan.wording, plan.values, garble=plan.garble, strange=plan.strange, vocabulary=plan.vocabulary
+    )
     facts = make_facts(world, plan)
     asks = _choose_asks(rng, facts, plan)
     drafts = [
@@ -327,7 +331,7 @@ class _DenseStyle:
 
 
 def _dense(rng: random.Random, plan: Plan, encoder: Encoder, filler: Filler, fit: Fit, seed: int | str) -> Sample:
-    world = f.World(rng, plan.wording, plan.values)
+    world = f.World(rng, plan.wording, plan.values, strange=plan.strange, vocabulary=plan.vocabulary)
     style = _style(rng, world, plan)
     asked = [(world.fresh(style.key), world.fresh(style.value)) for _ in range(max(1, plan.num_questions))]
     drafts = tuple(

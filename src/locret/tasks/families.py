@@ -12,7 +12,7 @@ import itertools
 import random
 import re
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from locret.errors import ConfigError
@@ -68,15 +68,23 @@ class World:
     persons: list[str] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
     garble: float = 0.0  # training only: how often a fact and its question are put in arbitrary words
+    strange: float = 0.0  # training only: how often a word comes from `vocabulary` instead of its list
+    vocabulary: Sequence[str] = ()
     attributes: set[tuple[str, str]] = field(default_factory=set)  # (key or person, attribute) already stated
 
     def __post_init__(self) -> None:
         check_wording(self.wording)
 
     def pick(self, section: str) -> str:
-        """A word of a list."""
+        """A word of a list, or a strange one in its place (with a capital if those of the list have one)."""
         options = words(section, self.values)
+        if self.strange > 0 and self.rng.random() < self.strange:
+            return self._strange(options[0][0].isupper())
         return options[int(self.rng.random() * len(options))]
+
+    def _strange(self, capital: bool) -> str:
+        word = self.vocabulary[int(self.rng.random() * len(self.vocabulary))]
+        return word.capitalize() if capital else word
 
     def garbles(self) -> bool:
         """Whether the next fact is put in arbitrary words. It must be the only one about its key or person: then the
@@ -164,6 +172,8 @@ class World:
                 return f"{made} {self.pick('trades')}"
             return made if kind == "town" or rng.random() < 0.2 else made.lower()
         if kind == "town":
+            if self.strange > 0 and rng.random() < self.strange:
+                return self._strange(True)
             names = towns(self.values)
             return names[int(rng.random() * len(names))]
         if kind == "company":
@@ -184,11 +194,15 @@ class World:
         return self.fresh(make)
 
 
-def garbled(rng: random.Random, frame: Flat) -> Flat:
-    """The frame with some of its plain words replaced by words of other frames, or its slots among such words only."""
+def garbled(rng: random.Random, frame: Flat, more: Sequence[str] = ()) -> Flat:
+    """The frame with some of its plain words replaced by words of other frames, or its slots among such words only.
+
+    Args:    more: words that may stand there, too; none that could be taken for the value.
+    """
 
     def word() -> str:
-        return frame_words()[int(rng.random() * len(frame_words()))]
+        pool = more if more and rng.random() < 0.4 else frame_words()
+        return pool[int(rng.random() * len(pool))]
 
     if rng.random() < 0.35:
         slots = [part for part in frame if not isinstance(part, str)]
@@ -264,11 +278,12 @@ def _keyed_fact(world: World, attribute: str, value: str, key: str | None) -> Fa
         statement = fill(frame, {"key": key, "value": value})
         return Fact(attribute, (statement,), (keyed_ask(key, attribute, attr, value),))
     world.attributes |= {(key, "number"), (key, "word")}
-    statement = fill(garbled(world.rng, frame), {"key": key, "value": value})
+    noise = world.vocabulary if attribute == "number" else ()
+    statement = fill(garbled(world.rng, frame, noise), {"key": key, "value": value})
 
     def make(rng: random.Random, wording: str) -> str:
         asked = _asked(rng, w.KEYED, {"attr": Pool((attr,), ())}, wording)
-        return fill(garbled(rng, asked), {"key": key}).text
+        return fill(garbled(rng, asked, world.vocabulary), {"key": key}).text
 
     return Fact(attribute, (statement,), (Ask(make, value),))
 
@@ -324,11 +339,11 @@ def relation_fact(world: World, person: str | None = None) -> Fact:
             frame = _asked(rng, LABELLED, {"label": labels}, wording)
         else:
             frame = _asked(rng, relation.phrases, {}, wording)
-        return fill(garbled(rng, frame) if alone else frame, {"person": person}).text
+        return fill(garbled(rng, frame, world.vocabulary) if alone else frame, {"person": person}).text
 
     if alone:
         world.persons.remove(person)  # no second fact about this person
-        frame = garbled(rng, frame)
+        frame = garbled(rng, frame, () if value.islower() else world.vocabulary)
 
     return Fact("fact", (fill(frame, slots, UNMARKED),), (Ask(make, value),))
 

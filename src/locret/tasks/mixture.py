@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import random
 from collections.abc import Iterator, Mapping
@@ -15,8 +16,10 @@ from numpy.typing import NDArray
 from locret.errors import ConfigError, unknown
 from locret.tasks.base import Sample
 from locret.tasks.build import HELD_OUT_FAMILIES, TASKS, Plan, compose, fit_prompt, fit_training
-from locret.tasks.encode import encoder_of
+from locret.tasks.encode import encoder_of, token_texts
+from locret.tasks.families import frame_words
 from locret.tasks.filler import Filler
+from locret.tasks.words import coined, reserved
 
 __all__ = ["HELD_OUT_FAMILIES", "STAGES", "Stage", "head_samples", "training_example"]
 Fillers = Mapping[str, Filler]  # names: "corpus", "prose"; one of them is enough
@@ -35,12 +38,13 @@ class Stage:
     copying: float
     packed: float
     garble: float  # how often a fact of a sparse document is put in arbitrary words
+    strange: float = 0.75  # documents of which some or all keys, names and values are words of no list
 
 
 STAGES = {
-    "start": Stage(plain=0.18, sparse=0.38, dense=0.36, copying=0.08, packed=0.5, garble=0.3),
-    "main": Stage(plain=0.16, sparse=0.42, dense=0.38, copying=0.04, packed=0.35, garble=0.3),
-    "long": Stage(plain=0.14, sparse=0.44, dense=0.40, copying=0.02, packed=0.12, garble=0.3),
+    "start": Stage(plain=0.18, sparse=0.38, dense=0.36, copying=0.08, packed=0.5, garble=0.35),
+    "main": Stage(plain=0.12, sparse=0.46, dense=0.38, copying=0.04, packed=0.35, garble=0.35),
+    "long": Stage(plain=0.10, sparse=0.46, dense=0.42, copying=0.02, packed=0.12, garble=0.35),
 }
 
 
@@ -83,7 +87,12 @@ def _example(
     if length < _SHORTEST or kind == "plain":
         return _plain(rng, length, tokenizer, filler)
     for attempt in range(6):
-        plan = dataclasses.replace(_plan(rng, kind, length, attempt), garble=shares.garble)
+        plan = dataclasses.replace(
+            _plan(rng, kind, length, attempt),
+            garble=shares.garble,
+            strange=rng.uniform(0.1, 1.0) if rng.random() < shares.strange else 0.0,
+            vocabulary=_vocabulary(tokenizer),
+        )
         shape = rng.choices(list(_SHAPE_SHARES), list(_SHAPE_SHARES.values()))[0]
         seed = rng.getrandbits(32)
         try:
@@ -94,6 +103,18 @@ def _example(
         assert len(ids) == length, "a training example missed its length"
         return ids, weights
     return _plain(rng, length, tokenizer, filler)
+
+
+@functools.lru_cache(maxsize=4)
+def _vocabulary(tokenizer: Any) -> tuple[str, ...]:
+    """What strange words are drawn from: half of the draws a coined word, half a plain word that is one token.
+
+    Words reserved for evaluation are not among them, nor are the words that frames are made of.
+    """
+    texts = (text[1:] for text in token_texts(tokenizer) if text[:1] == " ")
+    plain = {text for text in texts if text.isascii() and text.isalpha() and text.islower() and len(text) > 2}
+    known = sorted(plain - reserved() - {word.lower() for word in reserved()} - set(frame_words()))
+    return coined() + tuple(known) * (len(coined()) // max(len(known), 1))
 
 
 def _plain(
@@ -204,5 +225,9 @@ def _head_sample(
     num_facts = rng.randint(1, max(2, min(24, length // 120)))
     fill = 1.0 if rng.random() < 0.6 else rng.uniform(0.1, 0.9)
     asked = min(max_questions, num_facts)
-    plan = Plan(task, "train", "train", asked, num_facts, families, hard=True, fill=fill, chain_share=0.25)
+    strange = rng.uniform(0.1, 1.0) if rng.random() < 0.5 else 0.0
+    plan = Plan(
+        task, "train", "train", asked, num_facts, families, hard=True, fill=fill, chain_share=0.25,
+        strange=strange, vocabulary=_vocabulary(tokenizer),
+    )  # fmt: skip
     return compose(rng, plan, tokenizer, filler, fit_prompt(tokenizer, length, shape, seed), seed)

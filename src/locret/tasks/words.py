@@ -63,6 +63,31 @@ def towns(values: str) -> tuple[str, ...]:
     return tuple(made)
 
 
+@cache
+def reserved() -> frozenset[str]:
+    """Every word that some list keeps for evaluation."""
+    return frozenset(word for section in sections() for word in words(section, "heldout"))
+
+
+@cache
+def coined(count: int = 30_000) -> tuple[str, ...]:
+    """Words that look like words and stand in no list: the head of one training word and the tail of another.
+
+    A model that has only ever copied the words of the lists learns the lists, not copying: it answers "silk" for a
+    "grenade" that it never saw as a value. These, cut anywhere, leave it nothing to learn but copying.
+    """
+    rng = random.Random("coined")
+    pool = sorted({w for name in sections() for w in words(name, "train") if w.isalpha() and len(w) > 3})
+    known = {word for name in sections() for word in sections()[name]}
+    found: set[str] = set()
+    while len(found) < count:
+        head, tail = rng.choice(pool), rng.choice(pool)
+        word = (head[: rng.randrange(1, len(head))] + tail[rng.randrange(1, len(tail)) :]).lower()
+        if 3 <= len(word) <= 12 and word not in known and word.capitalize() not in known:
+            found.add(word)
+    return tuple(sorted(found))
+
+
 _ONSETS = "b br c d dr f g gr h j k kl l m n p pr qu r s st t tr v w z".split()
 _VOWELS = "a e i o u ai ea io ou".split()
 _CODAS = " l m n r s th x nd rn".split(" ")

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from locret.backbone import AttentionCall, Backbone, LayerContext, Rope
@@ -29,7 +28,6 @@ from locret.heads import HeadInput, RetainingHeads
 from locret.kernels.attention import prefix_causal_attention
 from locret.labels import Span, attention_labels
 from locret.parallel import gathers_weights
-from locret.train.norms import fused, plain_norms
 
 TOKEN_CHUNK = 16_384
 ROUND = 256  # on CUDA lengths are rounded up to multiples of it: cuDNN makes a plan for every length it meets
@@ -73,18 +71,16 @@ class LabelContext:
             self.visit(layer, inputs, labels[:, :, : self.learned_len])
             if layer == self.last:
                 raise Done
-        return whole_attention(q_rotated, k_rotated, v, call)
+        return prefix_causal_attention(
+            q_rotated, k_rotated, v, scale=call.scale, softcap=call.softcap, window=call.window
+        )
 
     def _rotate(self, layer: int, x: Tensor) -> Tensor:
-        length = x.shape[2]
-        positions = torch.arange(length, device=x.device)
-        if length <= self.token_chunk:
-            return self.rope.rotate(layer, x, positions)
+        if x.shape[2] <= self.token_chunk:
+            return self.rope.run(layer, x, 0)
         out = torch.empty_like(x)
-        for part, rows, at in zip(
-            *(y.split(self.token_chunk, 2) for y in (out, x)), positions.split(self.token_chunk), strict=True
-        ):
-            part.copy_(self.rope.rotate(layer, rows, at))
+        for number, (part, rows) in enumerate(zip(*(y.split(self.token_chunk, 2) for y in (out, x)), strict=True)):
+            self.rope.run(layer, rows, number * self.token_chunk, part)
         return out
 
 
@@ -108,8 +104,6 @@ class LabelPass:
         self.backbone, self.layers, self.label, self.wants_hidden = backbone, layers, label, wants_hidden
         self.max_length, self.token_chunk = max_length, token_chunk
         self.together = gathers_weights(backbone.model)
-        on_gpu = backbone.device.type == "cuda" and not self.together
-        self._norms = plain_norms(backbone.model) if on_gpu else []
         self.round_to = ROUND if backbone.device.type == "cuda" else 1
         self._rope: tuple[tuple[int, int], Rope] | None = None
 
@@ -142,41 +136,24 @@ class LabelPass:
         """One forward pass of a row of tokens. Raises: DataError: it does not fit in the device's memory."""
         if self.backbone.device.type == "cuda":
             ids = ids.pin_memory()  # a copy from pageable memory would wait for the device
+        whole = self.backbone.run if ids.shape[1] <= self.token_chunk and not self.together else self._run_modules
         try:
-            with (
-                fused(self._norms),
-                tokens_in_pieces(self.backbone, self.token_chunk, ids.shape[1]),
-                contextlib.suppress(Done),
-            ):
-                self.backbone.run(ids.to(self.backbone.device, non_blocking=True), context, logits=0)
+            with contextlib.suppress(Done):
+                whole(ids.to(self.backbone.device, non_blocking=True), context, logits=0)
         except torch.OutOfMemoryError as error:
             raise DataError(
                 f"{name}: {ids.shape[1]} tokens do not fit in the device's memory; lower max_length"
             ) from error
 
+    def _run_modules(self, ids: Tensor, context: LayerContext, *, logits: int) -> None:
+        """Through transformers' modules, which can be given some of the tokens at a time."""
+        with tokens_in_pieces(self.backbone, self.token_chunk, ids.shape[1]):
+            self.backbone.run_modules(ids, context, logits=logits)
+
     def _rope_for(self, length: int, prompt_len: int) -> Rope:
         if self._rope is None or self._rope[0] != (length, prompt_len):
             self._rope = (length, prompt_len), self.backbone.rope(length, prompt_len)
         return self._rope[1]
-
-
-def whole_attention(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
-    """Causal attention of a sequence over itself: q [1, Hq, T, D], k, v [1, Hkv, T, D], rotated -> [1, Hq, T, D].
-
-    On CUDA in 16 bits cuDNN's kernel where it takes the shape, else FlashAttention: 552 and 336 TFLOP/s on an H200.
-    """
-    window = call.window if call.window is not None and call.window < q.shape[2] else None
-    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or call.softcap is not None or window:
-        return prefix_causal_attention(q, k, v, scale=call.scale, softcap=call.softcap, window=window)
-    try:
-        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
-            return F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=call.scale, enable_gqa=q.shape[1] != k.shape[1]
-            )
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        return prefix_causal_attention(q, k, v, scale=call.scale)  # neither takes the shape: odd or very large heads
 
 
 def score_in_pieces(heads: RetainingHeads, layer: int, inputs: HeadInput, size: int = TOKEN_CHUNK) -> Tensor:

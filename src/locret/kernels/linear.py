@@ -1,0 +1,115 @@
+"""A few rows times large matrices, as decoding needs it, with what stands around the product in the same pass.
+
+    project:  out = x' W^T (+ bias) (+ residual)          for one or several W with the same input, side by side
+    gated:    out = silu(x' G^T) * (x' U^T)
+    x' = x, or RMSNorm(x) = weight * x / sqrt(mean(x^2) + eps)
+
+With so few rows a product costs what its matrix weighs: each weight is read once, and nothing else is worth a launch of
+its own. The torch paths round where a transformers module would; the kernel keeps fp32 to the end.
+
+CUDA: Triton, up to `MOST_ROWS` rows (`switch`). For more rows the products are cuBLAS's and only what stands around
+them is ours. Elsewhere: torch.
+
+Shapes: M rows, E inputs, N outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from locret.kernels.switch import use_triton
+
+MOST_ROWS = 1  # two rows and more are as fast or faster in cuBLAS (measured on an H200)
+_HALF = (torch.bfloat16, torch.float16)
+
+
+class Norm(NamedTuple):
+    """RMSNorm of the input."""
+
+    weight: Tensor  # [E]
+    eps: float
+
+
+def project(
+    x: Tensor, weights: Sequence[Tensor], *, biases: Sequence[Tensor | None] | None = None, norm: Norm | None = None,
+    residual: Tensor | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """The definition above.
+
+    Args:
+        x: [M, E].
+        weights: up to three, each [N_i, E], rows contiguous.
+        biases: one a weight, [N_i] or None.
+        residual: [M, N] of a single weight, contiguous; it is overwritten with the result.
+    Returns: [M, N_i] of every weight, in x's dtype.
+    """
+    if _takes(x, weights):
+        from locret.kernels.linear_triton import project_triton
+
+        out = project_triton(x, weights, biases, norm, residual, out=residual)
+        return list(out.split([len(w) for w in weights], -1))
+    return torch_project(x, weights, biases=biases, norm=norm, residual=residual)
+
+
+def gated(x: Tensor, weights: Sequence[Tensor], *, norm: Norm | None = None) -> Tensor:
+    """The definition above. x: [M, E]; weights: G and U, [N, E] each, or one [2 N, E] of both; returns [M, N]."""
+    if len(weights) == 1:
+        weights = weights[0].chunk(2)
+    if _takes(x, weights):
+        from locret.kernels.linear_triton import gated_triton
+
+        return gated_triton(x, weights[0], weights[1], norm)
+    return torch_gated(x, weights, norm=norm)
+
+
+def torch_project(
+    x: Tensor, weights: Sequence[Tensor], *, biases: Sequence[Tensor | None] | None = None, norm: Norm | None = None,
+    residual: Tensor | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """`project` in torch."""
+    x = rms_norm(x, norm)
+    given = biases or [None] * len(weights)
+    if residual is None:
+        return [functional.linear(x, w, b) for w, b in zip(weights, given, strict=True)]
+    assert len(weights) == 1, "a residual belongs to one weight"
+    if given[0] is not None:
+        residual += given[0]
+    return [residual.addmm_(x, weights[0].t())]  # in the product's own epilogue: no pass of its own
+
+
+def torch_gated(x: Tensor, weights: Sequence[Tensor], *, norm: Norm | None = None) -> Tensor:
+    """`gated` in torch."""
+    x = rms_norm(x, norm)
+    gate, up = (functional.linear(x, w) for w in weights)
+    return silu_mul(gate, up)
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, [M, N] each; on CUDA written over `gate`."""
+    if use_triton("linear", gate) and gate.dtype in _HALF:
+        from locret.kernels.linear_triton import silu_mul_triton
+
+        return silu_mul_triton(gate, up)
+    return functional.silu(gate).mul_(up)
+
+
+def rms_norm(x: Tensor, norm: Norm | None) -> Tensor:
+    """As transformers' LlamaRMSNorm over the last dimension: normalised in fp32, rounded, then scaled."""
+    if norm is None:
+        return x
+    if use_triton("linear", x) and x.dtype in _HALF:
+        from locret.kernels.linear_triton import rms_norm_triton
+
+        return rms_norm_triton(x, norm)
+    wide = x.float()
+    return norm.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)).to(x.dtype)
+
+
+def _takes(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    fits = x.shape[0] <= MOST_ROWS and x.dtype in _HALF
+    return fits and all(w.dtype == x.dtype and w.stride(1) == 1 for w in weights) and use_triton("linear", x)

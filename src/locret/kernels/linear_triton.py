@@ -1,0 +1,248 @@
+"""`project` and `gated` in Triton. Meaning and shapes: linear.py.
+
+A program takes BLOCK_N outputs and walks all inputs. One row: products of numbers, summed lane by lane and at the end
+across lanes, so that nothing but loads of the weights is on the way. More rows: tensor cores, 16 rows at once. The norm
+is a factor a row, so it is gathered on the same walk and multiplied in at the end.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# a kernel's parameters are pointers, numbers and compile-time constants
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from locret.kernels.linear import Norm
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # its dot multiplies the bits of bf16 as if they were numbers
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Outputs and inputs of a program's step; results differ in rounding only."""
+
+    n: int
+    k: int
+    warps: int = 4
+    stages: int = 3
+
+
+@triton.jit
+def _walk(x_ptr, x_m, w_ptr, w_n, v_ptr, v_n, norm_ptr, row, n, inside, m, e, eps,
+          ROWS: tl.constexpr, TWO: tl.constexpr, NORM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+          UPCAST: tl.constexpr):  # fmt: skip
+    """x' W^T and, if TWO, x' V^T for outputs n, fp32: [BLOCK_N] for one row, else [16, BLOCK_N]."""
+    kind: tl.constexpr = tl.float32 if UPCAST else x_ptr.dtype.element_ty
+    if ROWS == 1:
+        one = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        two = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        squares = tl.zeros((BLOCK_K,), tl.float32)
+    else:
+        one = tl.zeros((16, BLOCK_N), tl.float32)
+        two = tl.zeros((16, BLOCK_N), tl.float32)
+        squares = tl.zeros((16,), tl.float32)
+    for start in range(0, e, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        real = k < e
+        mask = inside[:, None] & real[None, :]
+        w = tl.load(w_ptr + n[:, None] * w_n + k[None, :], mask=mask, other=0.0)
+        if TWO:
+            v = tl.load(v_ptr + n[:, None] * v_n + k[None, :], mask=mask, other=0.0)
+        if ROWS == 1:
+            x = tl.load(x_ptr + k, mask=real, other=0.0).to(tl.float32)
+            if NORM:
+                squares += x * x
+                x *= tl.load(norm_ptr + k, mask=real, other=0.0).to(tl.float32)
+            one += w.to(tl.float32) * x[None, :]
+            if TWO:
+                two += v.to(tl.float32) * x[None, :]
+        else:
+            x = tl.load(x_ptr + row[:, None] * x_m + k[None, :], mask=(row < m)[:, None] & real[None, :], other=0.0)
+            if NORM:
+                wide = x.to(tl.float32)
+                squares += tl.sum(wide * wide, 1)
+                x = wide * tl.load(norm_ptr + k, mask=real, other=0.0).to(tl.float32)[None, :]
+            x = x.to(kind)
+            one = tl.dot(x, tl.trans(w.to(kind)), one, input_precision="ieee")
+            if TWO:
+                two = tl.dot(x, tl.trans(v.to(kind)), two, input_precision="ieee")
+    if ROWS == 1:
+        first, second = tl.sum(one, 1), tl.sum(two, 1)
+        if NORM:
+            factor = tl.rsqrt(tl.sum(squares, 0) / e + eps)
+            first, second = first * factor, second * factor
+    else:
+        first, second = one, two
+        if NORM:
+            factor = tl.rsqrt(squares / e + eps)[:, None]
+            first, second = first * factor, second * factor
+    return first, second
+
+
+@triton.jit
+def _project(
+    x_ptr, x_m, weights, strides, biases, norm_ptr, residual_ptr, residual_m, out_ptr, out_m, m, e, eps,
+    SIZES: tl.constexpr, BLOCKS: tl.constexpr, OFFSETS: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr,
+    NORM: tl.constexpr, ADD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Weight i is program_id(0) BLOCKS[i] ... BLOCKS[i + 1] - 1; its outputs begin at OFFSETS[i]."""
+    part = tl.program_id(0)
+    row = tl.arange(0, 16)
+    for i in tl.static_range(len(SIZES)):
+        if part >= BLOCKS[i] and part < BLOCKS[i + 1]:
+            n = (part - BLOCKS[i]).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+            inside = n < SIZES[i]
+            out, _ = _walk(
+                x_ptr, x_m, weights[i], strides[i], weights[i], strides[i], norm_ptr, row, n, inside, m, e, eps,
+                ROWS, False, NORM, BLOCK_N, BLOCK_K, UPCAST,
+            )  # fmt: skip
+            if BIASED[i]:
+                bias = tl.load(biases[i] + n, mask=inside, other=0.0).to(tl.float32)
+                out += bias if ROWS == 1 else bias[None, :]
+            at = OFFSETS[i] + n
+            if ROWS == 1:
+                if ADD:
+                    out += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+            else:
+                mask = (row < m)[:, None] & inside[None, :]
+                if ADD:
+                    out += tl.load(residual_ptr + row[:, None] * residual_m + at[None, :], mask=mask, other=0.0).to(
+                        tl.float32
+                    )
+                tl.store(out_ptr + row[:, None] * out_m + at[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gated(
+    x_ptr, x_m, gate_ptr, gate_n, up_ptr, up_n, norm_ptr, out_ptr, out_m, m, e, outputs, eps,
+    ROWS: tl.constexpr, NORM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    row = tl.arange(0, 16)
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = n < outputs
+    gate, up = _walk(
+        x_ptr, x_m, gate_ptr, gate_n, up_ptr, up_n, norm_ptr, row, n, inside, m, e, eps,
+        ROWS, True, NORM, BLOCK_N, BLOCK_K, UPCAST,
+    )  # fmt: skip
+    out = gate * tl.sigmoid(gate) * up
+    if ROWS == 1:
+        tl.store(out_ptr + n, out.to(out_ptr.dtype.element_ty), mask=inside)
+    else:
+        mask = (row < m)[:, None] & inside[None, :]
+        tl.store(out_ptr + row[:, None] * out_m + n[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def project_triton(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None, norm: Norm | None,
+    residual: Tensor | None, *, out: Tensor | None = None, tile: Tile | None = None,
+) -> Tensor:  # fmt: skip
+    """`project`, into `out` [M, N] (rows contiguous) if given."""
+    m, e = x.shape
+    x = _rows(x)
+    sizes = tuple(len(w) for w in weights)
+    tile = tile or default_tile(m, sum(sizes), e, two=False)
+    blocks, offsets = [0], [0]
+    for size in sizes:
+        blocks.append(blocks[-1] + triton.cdiv(size, tile.n))
+        offsets.append(offsets[-1] + size)
+    if out is None:
+        out = torch.empty(m, offsets[-1], dtype=x.dtype, device=x.device)
+    given = list(biases or [None] * len(sizes))
+    _project[(blocks[-1],)](
+        x, x.stride(0), tuple(weights), tuple(w.stride(0) for w in weights),
+        tuple(weights[0] if b is None else b for b in given), x if norm is None else norm.weight,
+        x if residual is None else residual, 0 if residual is None else residual.stride(0), out, out.stride(0), m, e,
+        0.0 if norm is None else norm.eps,
+        SIZES=sizes, BLOCKS=tuple(blocks), OFFSETS=tuple(offsets[:-1]), BIASED=tuple(b is not None for b in given),
+        ADD=residual is not None, **_constants(x, norm, tile),
+    )  # fmt: skip
+    return out
+
+
+def gated_triton(
+    x: Tensor, gate: Tensor, up: Tensor, norm: Norm | None, *, out: Tensor | None = None, tile: Tile | None = None
+) -> Tensor:
+    """`gated`, into `out` [M, N] (rows contiguous) if given."""
+    m, e = x.shape
+    x = _rows(x)
+    tile = tile or default_tile(m, len(gate), e, two=True)
+    if out is None:
+        out = torch.empty(m, len(gate), dtype=x.dtype, device=x.device)
+    _gated[(triton.cdiv(len(gate), tile.n),)](
+        x, x.stride(0), gate, gate.stride(0), up, up.stride(0), x if norm is None else norm.weight, out, out.stride(0),
+        m, e, len(gate), 0.0 if norm is None else norm.eps, **_constants(x, norm, tile),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _rms_norm(x_ptr, x_m, x_h, weight_ptr, out_ptr, heads, e, eps, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK)
+    real = k < e
+    x = tl.load(x_ptr + row // heads * x_m + row % heads * x_h + k, mask=real, other=0.0).to(tl.float32)
+    factor = tl.rsqrt(tl.sum(x * x, 0) / e + eps)
+    weight = tl.load(weight_ptr + k, mask=real, other=0.0).to(tl.float32)
+    kind: tl.constexpr = out_ptr.dtype.element_ty
+    rounded = (x * factor).to(kind).to(tl.float32)  # where transformers rounds
+    tl.store(out_ptr + row * e + k, (weight * rounded).to(kind), mask=real)
+
+
+def rms_norm_triton(x: Tensor, norm: Norm) -> Tensor:
+    """`rms_norm` of x [..., H, E] whose outer dimensions lie evenly in memory; the result is contiguous."""
+    e = x.shape[-1]
+    heads = x.shape[-2] if x.dim() > 2 else 1
+    flat = x.flatten(0, -3) if x.dim() > 3 else x
+    if flat.stride(-1) != 1 or (x.dim() > 3 and flat.data_ptr() != x.data_ptr()):
+        flat = flat.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    block = triton.next_power_of_2(e)
+    _rms_norm[(x.numel() // e,)](
+        flat, flat.stride(0), flat.stride(-2) if x.dim() > 2 else 0, norm.weight, out, heads, e, norm.eps,
+        BLOCK=block, num_warps=min(8, max(1, block // 512)),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _silu_mul(gate_ptr, up_ptr, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(gate_ptr + at, mask=at < count, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + at, mask=at < count, other=0.0).to(tl.float32)
+    kind: tl.constexpr = gate_ptr.dtype.element_ty
+    rounded = (gate * tl.sigmoid(gate)).to(kind).to(tl.float32)  # where transformers rounds
+    tl.store(gate_ptr + at, (rounded * up).to(kind), mask=at < count)
+
+
+def silu_mul_triton(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu_mul`, over `gate`; both contiguous."""
+    assert gate.is_contiguous(), "written in place"
+    _silu_mul[(triton.cdiv(gate.numel(), 4096),)](gate, up.contiguous(), gate.numel(), BLOCK=4096, num_warps=8)
+    return gate
+
+
+def default_tile(m: int, outputs: int, inputs: int, *, two: bool) -> Tile:
+    """Long rows and few outputs a program: what was fastest on an H200 at Llama-3.1-8B's shapes (docs/kernels.md)."""
+    if m == 1:
+        wide = min(1024, triton.next_power_of_2(inputs))
+        return Tile(n=4 if two or outputs > 5000 else 8, k=wide, stages=1)
+    return Tile(n=32, k=min(256, max(16, triton.next_power_of_2(inputs))))
+
+
+def _constants(x: Tensor, norm: Norm | None, tile: Tile) -> dict[str, int | bool]:
+    return dict(
+        ROWS=1 if x.shape[0] == 1 else 16, NORM=norm is not None, BLOCK_N=tile.n, BLOCK_K=tile.k,
+        UPCAST=INTERPRETED and x.dtype == torch.bfloat16, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()

@@ -1,0 +1,185 @@
+"""Replayed decode steps: the same tokens, the same logits and the same cache as ordinary ones.
+
+Here the step runs kernel by kernel (`capture=False`), so that everything but the capture itself is tested on a CPU; the
+tests marked gpu run the captured graph.
+"""
+
+import pytest
+import torch
+from conftest import build_tiny_model
+
+import locret
+from locret.backbone import Backbone
+from locret.config import CacheConfig
+from locret.graph import StepGraph
+from locret.heads import HeadsConfig, RetainingHeads
+from locret.methods import get_method
+from locret.prefill import Reader
+
+FAMILIES = ["llama", "qwen2", "qwen3", "phi3", "phi3-longrope", "gemma", "glm", "cohere", "smollm3", "yarn"]
+
+
+def method_of(name, backbone):
+    heads = (
+        RetainingHeads(HeadsConfig.of(backbone), generator=torch.Generator().manual_seed(1))
+        if name == "locret"
+        else None
+    )
+    if heads is not None:
+        heads = heads.to(backbone.device, backbone.dtype)
+    return get_method(name, heads=heads)
+
+
+def words(rows, length, device="cpu"):
+    """Tokens of which none occurs twice in a row: equal ones tie in the first layer, and rounding then decides."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.stack([torch.randperm(250, generator=generator)[:length] + 3 for _ in range(rows)]).to(device)
+
+
+def decode(backbone, method, config, prompt, text, graph, capture=False):
+    """Logits and the cache after reading `text` [B, T] step by step behind the prompt."""
+    reader = Reader.start(backbone, method, config, batch=prompt.shape[0], prompt_len=prompt.shape[1])
+    with torch.inference_mode():
+        reader.read(prompt)
+        reader._graph = (StepGraph.of(reader, capture=capture) or False) if graph else False
+        assert bool(reader._graph) == graph
+        logits = [reader.step(tokens) for tokens in text.T]
+        reader.settle()
+    return torch.stack(logits), reader.cache
+
+
+def compare(backbone, name, config, text, prompt_len, capture=False, rtol=1e-4):
+    method, prompt, rest = method_of(name, backbone), text[:, :prompt_len], text[:, prompt_len:]
+    logits, cache = decode(backbone, method, config, prompt, rest, graph=False)
+    mine, mine_cache = decode(backbone, method, config, prompt, rest, graph=True, capture=capture)
+    torch.testing.assert_close(mine, logits, rtol=rtol, atol=rtol)
+    assert mine_cache.seen == cache.seen
+    for one, other in zip(cache.layers, mine_cache.layers, strict=True):
+        assert one.held == other.held
+        want, got = one.tensors(), other.tensors()
+        for column in ("position", "protected"):
+            assert torch.equal(want[column], got[column]), column
+        for column in ("k", "v", "score"):
+            torch.testing.assert_close(got[column], want[column], rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_with_evictions_equal_ordinary_ones(family):
+    """40 steps through a budget of 30 with an eviction every 6: prompt longer than the budget, two rows."""
+    backbone = Backbone(build_tiny_model(family))
+    config = CacheConfig(budget=30, chunk_size=16, num_stabilizers=4, local_window=4, decode_interval=6)
+    compare(backbone, "locret", config, words(2, 97), 57)
+
+
+@pytest.mark.parametrize("name", ["full", "knorm", "random"])
+def test_other_methods_whose_units_are_scored_alone(name):
+    backbone = Backbone(build_tiny_model("llama"))
+    config = CacheConfig(budget=40, chunk_size=16, num_stabilizers=4, local_window=4, decode_interval=5)
+    compare(backbone, name, config, words(1, 80), 20)
+
+
+def test_a_stash_that_is_full_is_scored_and_emptied():
+    """A prompt far below the budget: many more steps than the stash holds before the first eviction."""
+    backbone = Backbone(build_tiny_model("llama"))
+    config = CacheConfig(budget=50, chunk_size=16, num_stabilizers=4, local_window=4, decode_interval=3)
+    compare(backbone, "locret", config, words(1, 95), 5)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "options"),
+    [
+        ("llama", "snapkv", {}),  # its scores depend on the chunk
+        ("llama", "recency", {}),  # scores all units again
+        ("mistral-window", "locret", {}),
+        ("llama", "locret", {"storage": "int8"}),
+        ("llama", "locret", {"positions": "original"}),
+    ],
+)
+def test_what_a_graph_cannot_do_takes_ordinary_steps(family, name, options):
+    backbone = Backbone(build_tiny_model(family))
+    config = CacheConfig(budget=40, chunk_size=32, num_stabilizers=4, local_window=4, **options)
+    reader = Reader.start(backbone, method_of(name, backbone), config, batch=1, prompt_len=60)
+    assert StepGraph.of(reader, capture=False) is None
+
+
+def test_nan_scores_are_reported_when_the_cache_is_made_whole():
+    backbone = Backbone(build_tiny_model("llama"))
+    method = method_of("locret", backbone)
+    config = CacheConfig(budget=40, chunk_size=16, num_stabilizers=4, local_window=4)
+    reader = Reader.start(backbone, method, config, batch=1, prompt_len=10)
+    with torch.inference_mode():
+        logits = reader.read(torch.arange(5, 15)[None])
+        reader._graph = StepGraph.of(reader, capture=False)
+        method.heads.layers[0].fc2.weight.fill_(float("nan"))
+        reader.step(logits.argmax(-1))
+        with pytest.raises(Exception, match="NaN or infinite scores"):
+            reader.settle()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "dtype"), [("locret", torch.float32), ("full", torch.bfloat16)])
+def test_a_captured_graph_equals_ordinary_steps(name, dtype):
+    """In bf16 scores of near ties differ by rounding, and other units stay: there only what evicts nothing compares."""
+    model = build_tiny_model("llama", head_dim=64).to("cuda", dtype)
+    backbone = Backbone(model)
+    assert backbone.fused is not None
+    config = CacheConfig(budget=30, chunk_size=16, num_stabilizers=4, local_window=4, decode_interval=6)
+    compare(
+        backbone, name, config, words(2, 97, "cuda"), 57, capture=True, rtol=1e-3 if dtype == torch.float32 else 1e-1
+    )
+
+
+# ---------------------------------------------------------------------- the decode loop
+
+
+@pytest.fixture
+def graphs_everywhere(monkeypatch):
+    """Readers replay on the CPU too, kernel by kernel."""
+
+    def step_graph(reader):
+        if reader._graph is None:
+            reader._graph = StepGraph.of(reader, capture=False) or False
+        return reader._graph or None
+
+    return lambda: monkeypatch.setattr(Reader, "_step_graph", step_graph)
+
+
+def conversation(folder, **sampling):
+    """Texts of two turns, a question beside them and a forked one, and what the cache holds in the end."""
+    llm = locret.load(
+        folder, method="knorm", budget=60, chunk_size=32, num_stabilizers=8, local_window=8, decode_interval=7
+    )
+    context = llm.compress("a story of 1234 words about the sea and the wind " * 4)
+    outputs = [context.ask("who?", max_new_tokens=9, **sampling), context.chat("what?", max_new_tokens=30, **sampling)]
+    twin = context.fork()
+    outputs += [
+        context.chat("where to?", max_new_tokens=25, **sampling),
+        twin.chat("when?", max_new_tokens=1, **sampling),
+    ]
+    outputs += llm.generate([list(range(9, 60)), list(range(60, 111))], max_new_tokens=40, **sampling)
+    return [o.tokens for o in outputs], [p.tolist() for p in context.kept()], context.seen
+
+
+@pytest.mark.parametrize(
+    "sampling", [{}, {"temperature": 0.8, "seed": 3, "repetition_penalty": 1.3}, {"stop": ["e", "a"]}]
+)
+def test_conversations_are_the_same_with_replayed_steps(tiny_folder, graphs_everywhere, sampling):
+    """The host runs one step behind; what was read too many is taken back before the next turn."""
+    want = conversation(tiny_folder("llama"), **sampling)
+    graphs_everywhere()
+    assert conversation(tiny_folder("llama"), **sampling) == want
+
+
+def test_a_stream_that_is_left_early_leaves_a_whole_cache(tiny_folder, graphs_everywhere):
+    graphs_everywhere()
+    llm = locret.load(tiny_folder("llama"), method="knorm", budget=60, chunk_size=32, num_stabilizers=8, local_window=8)
+    context = llm.compress("a story about the sea and the wind " * 4)
+    seen = context.seen
+    stream = context.reply("who?", max_new_tokens=20)
+    for _ in stream:
+        break
+    stream.close()
+    got = len(stream.output.tokens)
+    asked = len(context.ids) - seen - (got - 1)
+    assert context.seen == seen + asked + got - 1  # the last token is chosen, but not read
+    assert all(positions.max() == context.seen - 1 for positions in context.kept())

@@ -1,0 +1,191 @@
+"""The small kernels of chunks and decode steps: few-row products, norms, gates, append, rotate, merge.
+
+Each against its torch path in float64, on inputs that lie inside larger memory, into outputs full of NaN: in Triton's
+interpreter here, on the device with `-m gpu`.
+"""
+
+import os
+
+import pytest
+import torch
+from triton_programs import compile_only, interpret
+
+from locret.kernels import append, attention, linear, rotate
+from locret.kernels.decode_attention import Angles
+from locret.kernels.linear import Norm
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
+ROWS = (1, 2, 5, 16)
+SIZES = ((64, (48, 16, 16)), (100, (33,)), (300, (70, 5)))
+DEVICE = "cuda" if os.environ.get("LOCRET_TEST_DEVICE") == "cuda" else "cpu"
+
+
+def error(got, want):
+    assert got.shape == want.shape, (got.shape, want.shape)
+    return float((got.double() - want.double()).abs().max() / want.double().abs().max())
+
+
+def numbers(*shape, dtype, seed=0):
+    """Inside a larger tensor: a kernel that assumes contiguous memory reads something else."""
+    generator = torch.Generator().manual_seed(seed)
+    outer = torch.randn(*shape[:-1], shape[-1] + 8, generator=generator).to(dtype).to(DEVICE)
+    return outer[..., : shape[-1]]
+
+
+def wide(x):
+    return None if x is None else Norm(x.weight.double(), x.eps) if isinstance(x, Norm) else x.double()
+
+
+def products():
+    """name -> relative error of `project` and `gated`."""
+    from locret.kernels.linear_triton import gated_triton, project_triton
+
+    found = {}
+    for dtype, allowed in TOLERANCE.items():
+        for m in ROWS:
+            for e, sizes in SIZES:
+                x = numbers(m, e, dtype=dtype)
+                weights = [numbers(n, e, dtype=dtype, seed=n) / e**0.5 for n in sizes]
+                biases = [numbers(n, dtype=dtype, seed=n + 1) if i % 2 == 0 else None for i, n in enumerate(sizes)]
+                for norm in (None, Norm(numbers(e, dtype=dtype, seed=9), 1e-5)):
+                    out = torch.full((m, sum(sizes)), float("nan"), dtype=dtype, device=DEVICE)
+                    want = linear.torch_project(
+                        x.double(), [w.double() for w in weights], biases=[wide(b) for b in biases], norm=wide(norm)
+                    )
+                    got = project_triton(x, weights, biases, norm, None, out=out)
+                    name = f"{dtype} {m} {e} {sizes} {norm is not None}"
+                    found[f"project {name}"] = error(got, torch.cat(want, -1)) / allowed
+                    got = gated_triton(x, weights[0], weights[0] * 0.5, norm)
+                    want = linear.torch_gated(
+                        x.double(), [weights[0].double(), weights[0].double() * 0.5], norm=wide(norm)
+                    )
+                    found[f"gated {name}"] = error(got, want) / allowed
+                residual = torch.randn(m, sizes[0], device=DEVICE).to(dtype)
+                want = residual.double() + x.double() @ weights[0].double().T
+                got = project_triton(x, weights[:1], None, None, residual, out=residual)
+                found[f"residual {dtype} {m} {e} {sizes}"] = error(got, want) / allowed
+    return found
+
+
+def elements():
+    """name -> relative error of norms, gates, rotations, merges; 0 or inf for copies."""
+    from locret.kernels.append_triton import append_triton
+    from locret.kernels.linear_triton import rms_norm_triton, silu_mul_triton
+    from locret.kernels.merge_triton import merge_triton
+    from locret.kernels.rotate_triton import rotate_triton
+
+    found = {}
+    for dtype, allowed in TOLERANCE.items():
+        for shape in ((3, 100), (2, 5, 3, 16), (1, 7, 64)):
+            x, norm = numbers(*shape, dtype=dtype), Norm(numbers(shape[-1], dtype=dtype, seed=1).contiguous(), 1e-6)
+            found[f"norm {dtype} {shape}"] = (
+                error(rms_norm_triton(x, norm), linear.rms_norm(x.double(), wide(norm))) / allowed
+            )
+        gate, up = (numbers(5, 1000, dtype=dtype, seed=i).contiguous() for i in range(2))
+        want = torch.nn.functional.silu(gate.double()) * up.double()
+        found[f"silu {dtype}"] = error(silu_mul_triton(gate, up), want) / allowed
+        for heads, tokens, dim, turned, interleaved in (
+            (3, 70, 64, 64, False),
+            (2, 33, 20, 12, False),
+            (2, 5, 16, 16, True),
+        ):
+            angles = torch.rand(200, turned // 2, device=DEVICE)
+            table = Angles(angles.cos().to(dtype), angles.sin().to(dtype), interleaved)
+            x = numbers(2, tokens, heads, dim, dtype=dtype).transpose(1, 2)
+            out = torch.full((2, heads, tokens + 4, dim), float("nan"), dtype=dtype, device=DEVICE)
+            want = rotate.rotate(x.double(), Angles(table.cos.double(), table.sin.double(), interleaved), 17,
+                                 torch.empty(x.shape, dtype=torch.float64, device=DEVICE))  # fmt: skip
+            rotate_triton(x, table, 17, out[:, :, 2:-2])
+            assert out[:, :, :2].isnan().all()
+            assert out[:, :, -2:].isnan().all()
+            found[f"rotate {dtype} {dim} {turned} {interleaved}"] = error(out[:, :, 2:-2], want) / allowed
+        a, b = (numbers(2, 21, 3, 24, dtype=dtype, seed=i).transpose(1, 2) for i in range(2))
+        lse = [torch.randn(2, 3, 21, device=DEVICE) * 5 for _ in range(2)]
+        want = torch.lerp(a.double(), b.double(), torch.sigmoid(lse[1] - lse[0]).double()[..., None])
+        found[f"merge {dtype}"] = (
+            error(merge_triton(a.clone(memory_format=torch.preserve_format), b, *lse), want) / allowed
+        )
+        found[f"append {dtype}"] = _appended(append_triton, dtype)
+    return found
+
+
+def _appended(run, dtype):
+    q, k, v = (numbers(2, 1, heads, 24, dtype=dtype, seed=heads).transpose(1, 2) for heads in (6, 3, 3))
+    slabs = [numbers(2, heads, slots, 24, dtype=dtype, seed=5).clone() for heads, slots in ((3, 9), (3, 9), (6, 4))]
+    twins = [slab.clone() for slab in slabs]
+    at, slot = torch.tensor([[0, 8, 4], [3, 3, 1]], device=DEVICE), torch.tensor([2], device=DEVICE)
+    run(q, k, v, slabs[0], slabs[1], at, slabs[2], slot)
+    for row in range(2):
+        for head in range(3):
+            twins[0][row, head, at[row, head]] = k[row, head, 0]
+            twins[1][row, head, at[row, head]] = v[row, head, 0]
+        twins[2][row, :, 2] = q[row, :, 0]
+    return 0.0 if all(torch.equal(*pair) for pair in zip(slabs, twins, strict=True)) else float("inf")
+
+
+PROGRAM = "import json; from test_step_kernels import {0}; print(json.dumps({0}()))"
+
+
+@pytest.mark.triton_interpret
+@pytest.mark.parametrize("group", ["products", "elements"])
+def test_the_interpreted_kernels_equal_their_torch_paths(group):
+    found = interpret(PROGRAM.format(group))
+    assert {name: round(share, 2) for name, share in found.items() if not share <= 1} == {}
+    assert len(found) > 12
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_append_in_torch(dtype):
+    assert _appended(append.append, dtype) == 0.0
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 37])
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_two_part_attention_is_attention(prefix, tokens):
+    q, k, v = (
+        torch.randn(2, heads, n, 16, dtype=torch.float64)
+        for heads, n in ((6, tokens), (3, prefix + tokens), (3, prefix + tokens))
+    )
+    want = attention.reference_attention(q, k, v, scale=0.25)
+    got = attention.two_part_attention(
+        q, (k[:, :, :prefix], v[:, :, :prefix]), (k[:, :, prefix:], v[:, :, prefix:]), scale=0.25
+    )
+    torch.testing.assert_close(got, want)
+
+
+COMPILED = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from locret.kernels.linear_triton import _gated, _project
+def build(kernel, types, fixed):
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    made = triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=fixed), target=GPUTarget("cuda", 90, 32),
+                          options={"num_warps": 4, "num_stages": 1})
+    print(made.metadata.shared)
+three = lambda kind: (kind,) * 3
+common = dict(x_ptr="*bf16", x_m="i32", norm_ptr="*bf16", out_ptr="*bf16", out_m="i32", m="i32", e="i32", eps="fp32")
+project = common | dict(weights=three("*bf16"), strides=three("i32"), biases=three("*bf16"))
+project |= dict(residual_ptr="*bf16", residual_m="i32")
+gated = common | dict(gate_ptr="*bf16", gate_n="i32", up_ptr="*bf16", up_n="i32", outputs="i32")
+for rows in (1, 16):
+    fixed = dict(ROWS=rows, NORM=True, BLOCK_N=16, BLOCK_K=256, UPCAST=False)
+    build(_project, project, fixed | dict(SIZES=(4096, 1024, 1024), BLOCKS=(0, 256, 320, 384), OFFSETS=(0, 4096, 5120),
+          BIASED=(True, False, False), ADD=False))
+    build(_gated, gated, fixed)
+"""
+
+
+@pytest.mark.triton_interpret
+def test_the_products_compile_for_a_gpu_that_is_not_here(tmp_path):
+    lines = compile_only(COMPILED, tmp_path)
+    assert len(lines) == 4
+    assert all(int(shared) <= 99 * 1024 for (shared,) in lines)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", [products, elements])
+def test_the_kernels_on_a_gpu(group, monkeypatch):
+    monkeypatch.setattr("test_step_kernels.DEVICE", "cuda")
+    found = group()
+    assert {name: round(share, 2) for name, share in found.items() if not share <= 2} == {}
