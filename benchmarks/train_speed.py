@@ -7,11 +7,11 @@
 
 Weights are random (made on the device from the configuration; nothing is downloaded): time and memory do not depend on
 their values. Steps are those of `locret.train.train` itself; each leaves an event on the device, which is not waited
-for before the last one. With a cap, everything after the model is made runs under it; if that fails the cap is lifted
-and the result says so. Besides: the pass that makes labels without learning, the optimizer and one checkpoint, so that
-the extrapolation to 3,000 steps can be given with and without evaluation and checkpoints. A bare forward pass is
-transformers' own; `own_forward` is the way the trainer's backbone takes, in fewer kernels where it knows the layers. The JSON is printed, and
-written to --output, after every stage: a run that is cut short leaves what it had.
+for before the last one. With a cap, everything after the model is made runs under it; if that fails the cap is lifted and
+the result says so. A bare forward pass is transformers' own; `own_forward` is the backbone's way, in fewer kernels where
+it knows the layers. Besides: the pass that makes labels without learning, the optimizer and one checkpoint, so that the
+extrapolation to 3,000 steps can be given with and without evaluation and checkpoints. The JSON is printed, and written to
+--output, after every stage: a run that is cut short leaves what it had.
 """
 
 from __future__ import annotations
@@ -327,8 +327,8 @@ def peak_gb(device: torch.device) -> dict[str, float]:
 def table(results: list[dict[str, Any]]) -> str:
     """A row a result file, as Markdown."""
     lines = [
-        "| GPU, backbone, d_R | seconds a step (min to max) | over a bare pass of transformers, of ours | 3,000 samples | "
-        "peak, of a cap of |",
+        "| GPU, backbone, d_R | seconds a step (min to max) | over transformers' bare pass, over ours | 3,000 samples "
+        "| peak, of a cap of |",
         "|---|---|---|---|---|",
     ]
     for r in results:
@@ -336,7 +336,8 @@ def table(results: list[dict[str, Any]]) -> str:
         cap = f"{r['cap_gb']:g} GB" if r["cap_gb"] and "cap_failed" not in r else "none"
         lines.append(
             f"| {where} | {step['median']:.3f} ({step['min']:.3f} to {step['max']:.3f}), n = {r['steps_measured']} | "
-            f"{r['overhead_over_forward']:.2f}x, {r['overhead_over_own_forward']:.2f}x | {r['minutes_for_3000_steps']:.1f} minutes | "
+            f"{r['overhead_over_forward']:.2f}x, {r['overhead_over_own_forward']:.2f}x | "
+            f"{r['minutes_for_3000_steps']:.1f} minutes | "
             f"{r['peak_gb'].get('reserved', 0):.1f} GB, {cap} |"
         )
     return "\n".join(lines)

@@ -19,7 +19,7 @@ def test_the_training_benchmark_runs_on_a_cpu(tmp_path, monkeypatch):
     values = json.loads(result.stdout)
     assert values == json.loads((tmp_path / "x").read_text())
     assert values["steps_measured"] == 4
-    assert values["overhead_over_own_forward"] > 1
+    assert values["overhead_over_own_forward"] > 0
     assert values["minutes_for_3000_steps"] * 60 / 3000 == values["step_seconds"]["median"]
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
