@@ -7,11 +7,11 @@
 
 Weights are random (made on the device from the configuration; nothing is downloaded): time and memory do not depend on
 their values. Steps are those of `locret.train.train` itself; each leaves an event on the device, which is not waited
-for before the last one. With a cap, everything after the model is made runs under it; if that fails the cap is lifted and
-the result says so. A bare forward pass is transformers' own; `own_forward` is the backbone's way, in fewer kernels where
-it knows the layers. Besides: the pass that makes labels without learning, the optimizer and one checkpoint, so that the
-extrapolation to 3,000 steps can be given with and without evaluation and checkpoints. The JSON is printed, and written to
---output, after every stage: a run that is cut short leaves what it had.
+for before the last one. With a cap, everything after the model is made runs under it; if that fails the cap is lifted
+and the result says so. A bare forward pass is transformers' own; `own_forward` is the backbone's way, in fewer kernels
+where it knows the layers. Besides: the pass that makes labels without learning, the optimizer and one checkpoint, so
+that the extrapolation to 3,000 steps can be given with and without evaluation and checkpoints. The JSON is printed,
+and written to --output, after every stage: a run that is cut short leaves what it had.
 """
 
 from __future__ import annotations
