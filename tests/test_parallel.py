@@ -37,12 +37,16 @@ import hashlib, json, sys
 sys.path.insert(0, {tests!r})
 import torch
 from test_parallel import *
+from locret.fused import recognise
 torch.set_num_threads(1)
 how, folder = {how!r}, Path({folder!r})
 backbone = split(how, folder)
 found = dict(share=backbone.shard.size, heads=[backbone.num_q_heads, backbone.num_kv_heads])
 if how != "fsdp":
     found["tokens"] = answers(backbone, folder)
+    backbone.fused = recognise(backbone)  # as on a GPU
+    found["fused"] = backbone.fused is not None
+    found["tokens"] += answers(backbone, folder)
 result = train(backbone, make_samples(8), folder / "out", TrainConfig(**CONFIG))
 weights = b"".join(p.detach().numpy().tobytes() for p in result.heads.parameters())
 found |= dict(digest=hashlib.sha256(weights).hexdigest(), loss=result.loss, overlap=result.overlap_per_head)
@@ -149,7 +153,8 @@ def test_tensor_parallel_gives_the_tokens_and_the_heads_of_one_process(how, one,
     ranks = run(how, place(folder, tmp_path))
     assert [rank["share"] for rank in ranks] == [2, 2]
     assert [rank["heads"] for rank in ranks] == [[4, 2], [4, 2]]
-    assert [rank["tokens"] for rank in ranks] == [tokens, tokens]
+    assert [rank["fused"] for rank in ranks] == [True, True]
+    assert [rank["tokens"] for rank in ranks] == [tokens * 2, tokens * 2]
     check_training(tmp_path, ranks, alone)
 
 

@@ -99,6 +99,23 @@ class Shard:
         dist.all_reduce(x)
         return x
 
+    def join(self, x: Tensor, whole: bool = False) -> Tensor:
+        """Everybody's `x` side by side along the last dimension; `whole`: it is that already."""
+        if self.size == 1 or whole:
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts, -1)
+
+
+def local_part(weight: Tensor) -> Tensor | None:
+    """What this process holds of a tensor-parallel weight; None: it is something else."""
+    if not joined():
+        return None
+    from torch.distributed.tensor import DTensor
+
+    return weight.to_local() if isinstance(weight, DTensor) else None
+
 
 class _Sum(torch.autograd.Function):
     """Everybody goes on with the whole sum, so everybody's gradient belongs to each addend."""
