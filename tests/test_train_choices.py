@@ -44,7 +44,7 @@ def test_tokens_appended_to_reach_a_round_length_change_no_label(backbone):
     """On CUDA lengths are rounded up, so that few attention plans are made."""
     sample = make_samples(1)[0]
     run = LabelPass(backbone, range(2), label="max-logit", wants_hidden=False, max_length=10_000)
-    run.round_to = 64
+    run.round_to = 8
     found = {}
     run(sample, lambda layer, inputs, labels: found.update({layer: labels}))
     for layer, labels in labels_of(backbone, sample).items():

@@ -88,9 +88,9 @@ def _part(call: AttentionCall, here: slice) -> AttentionCall:
 
 def run_pack(run: LabelPass, samples: Sequence[Sample], visit: PackVisit) -> None:
     """One forward pass of several samples. Raises: DataError: they do not fit in the device's memory."""
-    ids, lengths = run.ids(samples), [length_of(sample) for sample in samples]
-    lengths[-1] += ids.shape[1] - sum(lengths)
+    rows = [run.ids(sample) for sample in samples]
+    lengths = [len(row) for row in rows]
     nothing: Visit = functools.partial(_keep, [], 0)  # the pack puts its own there
     contexts = [run.context(s, n, nothing, stop=False) for s, n in zip(samples, lengths, strict=True)]
     names = f"{samples[0].name} and {len(samples) - 1} more"
-    run.run(ids, PackContext(contexts, lengths, visit, stop=run.stops), names)
+    run.run([token for row in rows for token in row], PackContext(contexts, lengths, visit, stop=run.stops), names)

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -30,7 +29,8 @@ from locret.labels import Span, attention_labels
 from locret.parallel import gathers_weights
 
 TOKEN_CHUNK = 16_384
-ROUND = 256  # on CUDA lengths are rounded up to multiples of it: cuDNN makes a plan for every length it meets
+ROUND = 256  # on CUDA long inputs are made up to multiples of it: cuDNN makes a plan for every length it meets ...
+_LONG = 4  # ... from 4 x 256 tokens on; shorter ones go to FlashAttention, which makes none
 Visit = Callable[[int, HeadInput, Tensor], None]
 
 
@@ -93,7 +93,7 @@ class LabelPass:
         max_length: prompt tokens learned from.
 
     Attributes:
-        round_to: inputs are made as long as the next multiple of it.
+        round_to: inputs of at least 4 times that are made as long as the next multiple of it.
         together: every process must run as many passes as the others: each holds a share of the weights.
     """
 
@@ -110,8 +110,8 @@ class LabelPass:
     @torch.no_grad()
     def __call__(self, sample: Sample, visit: Visit) -> None:
         """One forward pass. Raises: DataError: the sample does not fit in the device's memory."""
-        ids = self.ids([sample])
-        self.run(ids, self.context(sample, ids.shape[1], visit, stop=self.stops), sample.name)
+        ids = self.ids(sample)
+        self.run(ids, self.context(sample, len(ids), visit, stop=self.stops), sample.name)
 
     @property
     def stops(self) -> bool:
@@ -126,14 +126,15 @@ class LabelPass:
             label=self.label, wants_hidden=self.wants_hidden, token_chunk=self.token_chunk, stop=stop,
         )  # fmt: skip
 
-    def ids(self, samples: Sequence[Sample]) -> Tensor:
-        """The samples' tokens in one row, [1, T], T rounded up: nothing before them sees what is appended."""
-        ids = torch.tensor([[token for sample in samples for token in sample.prompt_ids + sample.answer_ids]])
-        return F.pad(ids, (0, -ids.shape[1] % self.round_to))
+    def ids(self, sample: Sample) -> list[int]:
+        """The sample's tokens, a long one's made up to a round length: nothing before them sees what is appended."""
+        ids = [*sample.prompt_ids, *sample.answer_ids]
+        return ids if len(ids) < _LONG * self.round_to else ids + [0] * (-len(ids) % self.round_to)
 
     @torch.no_grad()
-    def run(self, ids: Tensor, context: LayerContext, name: str) -> None:
+    def run(self, tokens: list[int], context: LayerContext, name: str) -> None:
         """One forward pass of a row of tokens. Raises: DataError: it does not fit in the device's memory."""
+        ids = torch.tensor([tokens])
         if self.backbone.device.type == "cuda":
             ids = ids.pin_memory()  # a copy from pageable memory would wait for the device
         whole = self.backbone.run if ids.shape[1] <= self.token_chunk and not self.together else self._run_modules
