@@ -76,7 +76,8 @@ def test_nan_scores_still_keep_units_of_the_row():
 
 # (B, Hkv, held, new, b, D)
 MOVES = [(1, 1, 1, 0, 1, 1), (2, 3, 40, 0, 17, 8), (2, 3, 40, 9, 40, 24), (1, 2, 150, 60, 140, 128),
-         (2, 1, 0, 30, 9, 5), (1, 1, 600, 50, 590, 3)]  # fmt: skip
+         (2, 1, 0, 30, 9, 5), (1, 1, 600, 50, 590, 3),
+         (2, 3, 20, 15, 35, 8)]  # fmt: skip  # all stay: new units whose slot is their index are not there yet
 NAN = float("nan")
 
 

@@ -52,7 +52,7 @@ def compare(backbone, name, config, text, prompt_len, capture=False, rtol=1e-4):
     method, prompt, rest = method_of(name, backbone), text[:, :prompt_len], text[:, prompt_len:]
     logits, cache = decode(backbone, method, config, prompt, rest, graph=False)
     mine, mine_cache = decode(backbone, method, config, prompt, rest, graph=True, capture=capture)
-    torch.testing.assert_close(mine, logits, rtol=rtol, atol=rtol)
+    assert (mine - logits).float().norm() <= rtol * logits.float().norm()
     assert mine_cache.seen == cache.seen
     for one, other in zip(cache.layers, mine_cache.layers, strict=True):
         assert one.held == other.held
@@ -125,7 +125,7 @@ def test_a_captured_graph_equals_ordinary_steps(name, dtype):
     assert backbone.fused is not None
     config = CacheConfig(budget=30, chunk_size=16, num_stabilizers=4, local_window=4, decode_interval=6)
     compare(
-        backbone, name, config, words(2, 97, "cuda"), 57, capture=True, rtol=1e-3 if dtype == torch.float32 else 1e-1
+        backbone, name, config, words(2, 97, "cuda"), 57, capture=True, rtol=1e-3 if dtype == torch.float32 else 3e-2
     )
 
 

@@ -319,9 +319,12 @@ def train(
             log.say(f"stopped ({stop.reason}) at step {position['step']}; go on with --resume")
         elif evaluation:
             evaluation.run(trainer.model, device)
-    finally:
+    except BaseException:
         feed.close()
-        team.close()
+        team.abandon()
+        raise
+    feed.close()
+    team.close()
     return trainer
 
 

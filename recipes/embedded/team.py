@@ -7,6 +7,8 @@ the first process alone keeps the clock, logs, validates and saves.
 from __future__ import annotations
 
 import os
+import sys
+import traceback
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -50,6 +52,14 @@ class Team:
     def close(self) -> None:
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+    def abandon(self) -> None:
+        """End this process, whose error is being raised, if there are others: they wait for it in an exchange, closing
+        would wait for them, and nobody would see the error. Whoever started them ends the others."""
+        if self.size > 1:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
 
     def sum_(self, tensors: list[Tensor]) -> None:
         """Replace fp32 tensors by their sums over all processes, in one exchange."""

@@ -42,7 +42,16 @@ def test_a_run_prints_a_table_and_writes_a_report(
     assert "recency" in out
     assert f"report: {tmp_path}/report.html" in out.replace("\n", "")
     files = {path.name for path in tmp_path.iterdir()}
-    assert files == {"grid.json", "journal", "samples.jsonl", "results.json", "run.json", "report.html", "report.md"}
+    assert files == {
+        "grid.json",
+        "journal",
+        "machines",
+        "samples.jsonl",
+        "results.json",
+        "run.json",
+        "report.html",
+        "report.md",
+    }
     facts = json.loads((tmp_path / "run.json").read_text())["provenance"]
     assert facts["command"].startswith("locret ")
     assert facts["machine"]
@@ -96,6 +105,40 @@ def test_processes_of_torchrun_share_a_run(
     assert call(capsys, *flags, "--output", tmp_path)[0] == 0
     assert sorted(path.name for path in (tmp_path / "journal").iterdir()) == ["000.jsonl", "001.jsonl"]
     assert all(cell["n"] == 3 for cell in load_results(tmp_path)["cells"])
+
+
+def test_a_stopped_run_sums_up_what_is_there(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, err = call(capsys, *flags, "--output", tmp_path, "--stop-after", 0)
+    assert (code, out) == (0, "")
+    assert "stopped by --stop-after; 18 of 18 answers are missing: the same command goes on" in err
+    looks = iter([False] * 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "_past", lambda deadline: next(looks, True))
+        code, out, err = call(capsys, *flags, "--output", tmp_path, "--stop-after", 0, "--json")
+    assert code == 0
+    cells = json.loads(out)["cells"]
+    assert 0 < len(cells) < 6
+    assert (tmp_path / "report.html").exists()
+    assert call(capsys, *flags, "--output", tmp_path)[0] == 0
+    assert len(load_results(tmp_path)["cells"]) == 6
+    assert "CPU" in json.loads((tmp_path / "run.json").read_text())["provenance"]["machine"]
+
+
+def test_samples_are_prepared_by_processes(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ["--model", flags[flags.index("--model") + 1]]
+    line = ["eval", "--tasks", "key,turns", "--methods", "recency", "--lengths", 256, "--samples", 2]
+    files = ["--sample-files", tmp_path / "s"]
+    code, out, _ = call(capsys, *line, *model, "--prepare", 2, *files)
+    assert code == 0
+    assert "samples:" in out
+    assert len(list((tmp_path / "s").iterdir())) == 2
+    code, _, err = call(capsys, *line, *model, "--prepare", 2)
+    assert code == 2
+    assert "--sample-files DIR" in err
 
 
 def test_flags_go_over_a_file(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

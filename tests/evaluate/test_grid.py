@@ -43,7 +43,26 @@ def test_parts_share_the_samples_of_a_task_and_length(tmp_path: Path) -> None:
     assert [(v.method, v.budget, v.samples) for v in blocks["a", 256].variants] == [
         ("full", None, 9), ("recency", "10%", 3), ("recency", 64, 3), ("snapkv:window=4", "10%", 9),
     ]  # fmt: skip
-    assert blocks["a", 256].samples == 9
+    assert (blocks["a", 256].samples, blocks["a", 256].cuts) == (9, (3, 9))
+
+
+def test_stages_are_the_parts_in_their_order(tmp_path: Path) -> None:
+    """A run that is cut off has done the first parts; what a part wants is not changed by a later one."""
+    path = tmp_path / "grid.toml"
+    path.write_text(TOML)
+    stages = list(Grid.from_toml(path).stages())
+    assert [(s.block.task, s.block.length) for s in stages] == [
+        ("a", 128), ("a", 256), ("b", 128), ("b", 256), ("a", 256),
+    ]  # fmt: skip
+    assert [(v.method, v.budget, v.samples) for v in stages[1].variants] == [
+        ("full", None, 3), ("recency", "10%", 3), ("recency", 64, 3),
+    ]  # fmt: skip
+    assert [(v.method, v.samples) for v in stages[4].variants] == [("full", 9), ("snapkv:window=4", 9)]
+
+
+def test_a_batch_has_as_many_rows_as_tokens_allow() -> None:
+    assert grid(batch_size=3).rows(1000) == 3
+    assert [grid(batch_tokens=4000).rows(n) for n in (1000, 1001, 5000)] == [4, 3, 1]
 
 
 def test_flags_win_over_the_file(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from eval_samples import fake_score, grid, record, source
 from locret.backbone import Backbone
 from locret.config import CacheConfig
 from locret.engine import LLM
-from locret.errors import ConfigError, DataError
+from locret.errors import ConfigError, DataError, NumericsError
 from locret.evaluate.grid import Grid
 from locret.evaluate.run import run
 from locret.evaluate.source import ListSource
@@ -148,6 +148,49 @@ def test_kill_9(backbone: Backbone, tmp_path: Path) -> None:
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert complete(given, backbone, tmp_path / "killed", source()) == expected
+
+
+def test_a_run_that_is_stopped_has_done_the_first_parts_and_goes_on(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every look at the clock is a second: a stop at any of them loses nothing, and parts are done in their order."""
+    given = grid(
+        tasks=["key", "turns"], samples=3, part=[{"methods": ["full"]}, {"tasks": ["key"]}, {"tasks": ["turns"]}]
+    )
+    expected = complete(given, backbone, tmp_path / "whole", source())
+    clock = iter(range(10**6))
+    monkeypatch.setattr("locret.evaluate.run._past", lambda deadline: deadline is not None and next(clock) >= deadline)
+    missing = []
+    for _ in range(30):
+        clock = iter(range(10**6))
+        missing.append(run(given, backbone, source(), tmp_path / "cut", deadline=3).missing)
+        lines = (tmp_path / "cut/journal/000.jsonl").read_text().splitlines()
+        done = [(line["method"], line["task"]) for line in map(json.loads, lines)]
+        order = list(dict.fromkeys(done))
+        parts = [("full", "key"), ("full", "turns"), ("recency", "key"), ("recency", "turns")]
+        assert order == parts[: len(order)]
+        if not missing[-1]:
+            break
+    assert missing == sorted(missing, reverse=True)
+    assert len(missing) > 3
+    monkeypatch.undo()
+    assert complete(given, backbone, tmp_path / "cut", source()) == expected
+
+
+def test_a_method_that_fails_leaves_the_others_alone(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Any, view: Any) -> Any:
+        raise NumericsError("NaN")
+
+    given = grid(methods=["full", "knorm", "recency"], samples=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(get_method("knorm")), "score", broken)
+        with pytest.warns(UserWarning, match="left out knorm 48 on key at 256: NaN"):
+            found = run(given, backbone, source(), tmp_path)
+    assert found.missing == 2
+    assert {line["method"] for line in found.ordered()} == {"full", "recency"}
+    assert run(given, backbone, source(), tmp_path).missing == 0, "what failed is tried again"
 
 
 def test_processes_share_the_samples(backbone: Backbone, tmp_path: Path) -> None:

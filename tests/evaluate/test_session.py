@@ -36,7 +36,7 @@ def test_compress_and_ask_is_what_a_context_answers(llm: LLM) -> None:
         assert answers[i].text == context.ask(r.question.strip(), max_new_tokens=6).text
         gold = prompts[i].gold
         held = [[len(set(gold) & set(head.tolist())) for head in layer] for layer in context.kept()]
-        assert session.gold_kept(i, gold) == held
+        assert session.gold_kept([p.gold for p in prompts])[i] == held
         assert session.kv_bytes == context.kv_bytes
         assert session.peak_kv_bytes == context.peak_kv_bytes
 
@@ -58,7 +58,7 @@ def test_rows_of_a_batch_are_what_they_are_alone(llm: LLM, method: str) -> None:
         context = other.compress(r.context)
         assert together[i].text == context.ask(r.question.strip(), sampling=sampling).text
         held = [[len(set(prompts[i].gold) & set(head.tolist())) for head in layer] for layer in context.kept()]
-        assert session.gold_kept(i, prompts[i].gold) == held
+        assert session.gold_kept([p.gold for p in prompts])[i] == held
         assert session.kv_bytes == context.kv_bytes
     assert last.text == together[2].text
 

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 import uuid
 from pathlib import Path
 
@@ -228,6 +229,28 @@ torch.save(trainer.model.state_dict(), {str(tmp_path)!r} + "/rank" + os.environ[
     lines = (tmp_path / "both" / "metrics.jsonl").read_text().splitlines()
     trained = [record for record in map(json.loads, lines) if record["kind"] == "train"]
     assert trained[-1]["tokens"] == 4 * 128 + 3 * 64, "tokens of both, logged by one"
+
+
+def test_a_process_that_fails_ends_the_others_and_says_why(tmp_path):
+    """A data worker's error in one of two processes once stopped both for ever: each waited for the other."""
+    script = tmp_path / "process.py"
+    script.write_text(
+        f"""import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]
+import os, test_embedded as t
+class Failing(t.CopySource):
+    def make_example(self, rng, stage, length):
+        if stage == 1 and os.environ["RANK"] == "1":
+            raise ValueError("no such filler")
+        return super().make_example(rng, stage, length)
+t.pretrain.train(t.tiny_recipe(micro_tokens=32), Failing(), t.Path({str(tmp_path)!r}), device=t.torch.device("cpu"))
+"""
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    began = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode != 0
+    assert "no such filler" in done.stderr
+    assert time.monotonic() - began < 60
 
 
 def test_more_processes_than_a_batch_can_be_shared_by_is_an_error():

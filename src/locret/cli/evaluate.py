@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,8 +63,20 @@ def evaluate(
             rich_help_panel=_GRID,
         ),
     ] = None,
+    even_lengths: Annotated[
+        bool | None,
+        Option(
+            "--even-lengths/--natural-lengths",
+            help="Whether blank lines make all samples of a task equally long, so that they run as batches.",
+            rich_help_panel=_GRID,
+        ),
+    ] = None,
     batch_size: Annotated[
         int | None, Option("--batch-size", help="Samples of equal length run together.", rich_help_panel=_GRID)
+    ] = None,
+    batch_tokens: Annotated[
+        int | None,
+        Option("--batch-tokens", help="Instead: as many as have so many context tokens.", rich_help_panel=_GRID),
     ] = None,
     model: Annotated[
         str | None,
@@ -76,6 +89,18 @@ def evaluate(
         str | None, Option("--dtype", help="auto, float32, bfloat16 or float16.", rich_help_panel=_GRID)
     ] = None,
     device: Annotated[str, Option("--device", help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    sample_files: Annotated[
+        Path | None, Option("--sample-files", help="Folder to keep samples in, for runs and processes to share.")
+    ] = None,
+    prepare: Annotated[
+        int | None, Option("--prepare", help="Only make the files of --sample-files, with so many processes.")
+    ] = None,
+    stop_after: Annotated[
+        float | None,
+        Option(
+            "--stop-after", help="Begin nothing more after so many seconds; the same command goes on. 0: only sum up."
+        ),
+    ] = None,
     compare: Annotated[
         tuple[Path, Path] | None,
         Option("--compare", help="Two results.json (or folders): what changed, and is it significant."),
@@ -89,20 +114,26 @@ def evaluate(
 
     Stop it whenever you like; the same command goes on where it was. Under torchrun every process takes a share.
     """
+    started = time.monotonic()
     if compare is not None:
         _compare(compare, output)
+        return
+    flags: dict[str, Any] = {
+        "tasks": _split(tasks), "methods": _split(methods), "budgets": _numbers(budgets), "lengths": _numbers(lengths),
+        "samples": samples, "query_aware": query_aware, "even_lengths": even_lengths, "batch_size": batch_size,
+        "batch_tokens": batch_tokens, "model": model, "heads": heads, "dtype": dtype,
+    }  # fmt: skip
+    given = {name: value for name, value in flags.items() if value is not None}
+    if prepare is not None:
+        _prepare(_grid(grid, given), sample_files, prepare)
         return
     if destination is None:
         raise ConfigError("nowhere to write to; add --output DIR")
     if report:
         _report(report, destination, output)
         return
-    flags: dict[str, Any] = {
-        "tasks": _split(tasks), "methods": _split(methods), "budgets": _numbers(budgets), "lengths": _numbers(lengths),
-        "samples": samples, "query_aware": query_aware, "batch_size": batch_size, "model": model, "heads": heads,
-        "dtype": dtype,
-    }  # fmt: skip
-    _run(_grid(grid, {name: value for name, value in flags.items() if value is not None}), destination, device, output)
+    deadline = None if stop_after is None else started + stop_after
+    _run(_grid(grid, given), destination, device, output, sample_files, deadline)
 
 
 def _grid(path: Path | None, flags: dict[str, Any]) -> Grid:
@@ -137,7 +168,28 @@ class _Place:
         return asked
 
 
-def _run(grid: Grid, destination: Path, device: str, output: OutputOptions) -> None:
+def _prepare(grid: Grid, folder: Path | None, workers: int) -> None:
+    from transformers import AutoTokenizer
+
+    from locret.backbone import EMBEDDED
+    from locret.evaluate.run import check
+    from locret.evaluate.samples import Samples, prepare
+
+    if folder is None or workers < 1:
+        raise ConfigError("--prepare N wants N >= 1 processes, and --sample-files DIR to write to")
+    source = suite_source()
+    grid = grid.expanded(source.groups())
+    check(grid, source)
+    quiet_transformers()
+    tokenizer = AutoTokenizer.from_pretrained(grid.model or EMBEDDED)
+    with progress("writing samples", unit="files") as report:
+        prepare(Samples(grid, source, tokenizer, folder), workers, report)
+    say(f"samples: {folder}")
+
+
+def _run(
+    grid: Grid, destination: Path, device: str, output: OutputOptions, files: Path | None, deadline: float | None
+) -> None:
     from locret.backbone import Backbone
     from locret.evaluate.run import check, run
     from locret.evaluate.summary import finish
@@ -153,14 +205,22 @@ def _run(grid: Grid, destination: Path, device: str, output: OutputOptions) -> N
         try:
             found = run(
                 grid, backbone, source, destination, heads=_heads(grid, backbone), rank=place.rank, world=place.world,
-                on_progress=report if place.rank == 0 else None,
+                samples=files, deadline=deadline, on_progress=report if place.rank == 0 else None,
             )  # fmt: skip
         except KeyboardInterrupt:
             note(f"stopped; what is done is in {destination}, the same command goes on")
             raise typer.Exit(130) from None
+    stopped = deadline is not None and time.monotonic() >= deadline
     if found.missing:
-        note(f"process {place.rank} of {place.world} is done; {found.missing} samples are still running in others")
-        return
+        left = f"{found.missing} of {len(found.keys)} answers are missing"
+        if stopped:
+            note(f"stopped by --stop-after; {left}: the same command goes on")
+        elif place.world > 1:
+            note(f"process {place.rank} of {place.world} is done; {left} that are still running in others")
+        else:
+            note(f"{left}: see the warnings above")
+        if place.world > 1 or not found.lines:
+            return
     command = "locret " + shlex.join(sys.argv[1:])
     results = finish(destination, grid, backbone, source, found, command=command)
     page = write_report([destination], destination)

@@ -40,16 +40,33 @@ class Variant:
 
 @dataclass(frozen=True)
 class Block:
-    """Samples that several variants share."""
+    """Samples that several variants share.
+
+    Attributes:
+        cuts: all numbers of samples that a part of the grid asks for, ascending: no batch goes across one.
+    """
 
     task: str
     length: int
     seed: int
     variants: tuple[Variant, ...]
+    cuts: tuple[int, ...]
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        return self.task, self.length, self.seed
 
     @property
     def samples(self) -> int:
-        return max(variant.samples for variant in self.variants)
+        return self.cuts[-1]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one part of a grid wants of a block. The variants' numbers of samples are the part's."""
+
+    block: Block
+    variants: tuple[Variant, ...]
 
 
 @dataclass(frozen=True)
@@ -68,9 +85,14 @@ class Grid:
             True: every question gets a compression of its own, of context and question together.
         answer_prefix: whether generated tasks begin the answer with the published words ("The pass key is"); default:
             not for the embedded model, which was never trained to go on behind any and stops there.
+        sentence_tokens: without those words, answers may have so many tokens more, for models that say them by
+            themselves; 0 for the embedded model saves time: it does not.
         turns: several questions of one context are asked one after the other ("conversation", each sees the answers
             before it) or each of the context as it was compressed ("separate").
-        batch_size: samples of equal length that run together.
+        even_lengths: blank lines make all samples of a generated task and length equally long, so that they run as
+            batches (not for official mode).
+        batch_size: samples of equal length that run together ...
+        batch_tokens: ... or as many as have so many context tokens together.
         max_context: longer contexts lose their middle, as InfiniteBench's published runs do.
         tail_tokens: also measure the perplexity of the last so many context tokens after compressing what is before
             them; 0: do not.
@@ -89,8 +111,11 @@ class Grid:
     mode: str = "hardened"
     query_aware: bool = False
     answer_prefix: bool | None = None
+    sentence_tokens: int = 32
     turns: str = "conversation"
+    even_lengths: bool = False
     batch_size: int = 8
+    batch_tokens: int | None = None
     max_context: int | None = None
     tail_tokens: int = 0
     model: str | None = None
@@ -115,7 +140,15 @@ class Grid:
             raise unknown("mode", str(self.mode), MODES)
         if self.turns not in TURNS:
             raise unknown("turns", str(self.turns), TURNS)
-        for name, low in (("batch_size", 1), ("tail_tokens", 0), ("max_context", 1)):
+        if self.even_lengths and self.mode == "official":
+            raise ConfigError('even_lengths changes samples, and official ones are as published; use mode = "hardened"')
+        for name, low in (
+            ("batch_size", 1),
+            ("batch_tokens", 1),
+            ("sentence_tokens", 0),
+            ("tail_tokens", 0),
+            ("max_context", 1),
+        ):
             value = getattr(self, name)
             if value is not None and not _whole(value, low):
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number >= {low}")
@@ -156,20 +189,36 @@ class Grid:
     def blocks(self) -> list[Block]:
         """Everything to run, one block per (task, length, seed), "full" first in each."""
         found: dict[tuple[str, int, int], dict[tuple[str, Any], Variant]] = {}
+        cuts: dict[tuple[str, int, int], set[int]] = {}
         for axes in self._parts():
-            for task in axes["tasks"]:
-                lengths, seeds = ((AS_IT_IS,), (0,)) if task in self.public else (axes["lengths"], axes["seeds"])
-                for length in lengths:
-                    for seed in seeds:
-                        block = found.setdefault((task, length, seed), {})
-                        for variant in _variants(axes):
-                            key = (variant.method, variant.budget)
-                            if key not in block or block[key].samples < variant.samples:
-                                block[key] = variant
+            for key in self._keys(axes):
+                block = found.setdefault(key, {})
+                cuts.setdefault(key, set()).add(axes["samples"])
+                for variant in _variants(axes):
+                    name = (variant.method, variant.budget)
+                    if name not in block or block[name].samples < variant.samples:
+                        block[name] = variant
         return [
-            Block(*key, tuple(sorted(variants.values(), key=lambda v: v.budget is not None)))
-            for key, variants in found.items()
+            Block(*key, _full_first(variants.values()), tuple(sorted(cuts[key]))) for key, variants in found.items()
         ]
+
+    def stages(self) -> Iterator[Stage]:
+        """What to run in which order: part after part, so that a run that is cut off has done the first ones."""
+        blocks = {block.key: block for block in self.blocks()}
+        for axes in self._parts():
+            for key in self._keys(axes):
+                yield Stage(blocks[key], _full_first(_variants(axes)))
+
+    def rows(self, context: int) -> int:
+        """How many samples with so many context tokens run together."""
+        return self.batch_size if self.batch_tokens is None else max(1, self.batch_tokens // context)
+
+    def _keys(self, axes: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
+        for task in axes["tasks"]:
+            lengths, seeds = ((AS_IT_IS,), (0,)) if task in self.public else (axes["lengths"], axes["seeds"])
+            for length in lengths:
+                for seed in seeds:
+                    yield task, length, seed
 
     def check_names(self, tasks: Collection[str]) -> None:
         """Every task is one of the generated `tasks` or a public set. Raises: ConfigError naming the nearest."""
@@ -208,6 +257,10 @@ def _variants(axes: Mapping[str, Any]) -> Iterator[Variant]:
     for method in axes["methods"]:
         for budget in (None,) if parse_method(method)[0] == "full" else axes["budgets"]:
             yield Variant(method, budget, axes["samples"])
+
+
+def _full_first(variants: Iterable[Variant]) -> tuple[Variant, ...]:
+    return tuple(sorted(variants, key=lambda variant: variant.budget is not None))
 
 
 def _check_axes(axes: Mapping[str, Any]) -> None:

@@ -102,7 +102,7 @@ class LocretLM(TemplateLM):
         for pair, context, continuation in requests:
             sampling = Sampling(max_new_tokens=max(1, len(continuation)))
             session = Session.read(self.llm, [np.array(context, dtype=np.int32)], sampling)
-            score = _score(session.follow([], continuation), continuation)
+            score = _score(session.follow([[]], [continuation])[0], continuation)
             self.cache_hook.add_partial("loglikelihood", pair, score)
             found.append(score)
         return found

@@ -1,18 +1,20 @@
-"""Run a grid: every sample through every variant, sample by sample, so that what is done stays done.
+"""Run a grid: every sample through every variant, batch by batch, so that what is done stays done.
 
-Samples of one context length run together in groups whose make-up depends on the samples alone: a group is run again as
-a whole after a kill, so a resumed run computes what an uninterrupted one does, bit for bit.
+Samples of one context length run together in batches whose make-up depends on the samples alone: a batch is run again
+as a whole after a kill, so a resumed run computes what an uninterrupted one does, bit for bit. Processes share out
+batches.
 """
 
 from __future__ import annotations
 
-import itertools
+import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,17 +22,21 @@ from locret.backbone import Backbone, model_length
 from locret.config import CacheConfig, Sampling, parse_budget
 from locret.decode import full_cache_bytes
 from locret.engine import LLM
-from locret.errors import ConfigError, DataError
-from locret.evaluate.grid import AS_IT_IS, Block, Grid, Variant, parse_method
-from locret.evaluate.measures import Distance, distance
-from locret.evaluate.prompts import Encoder, Prompt, name_of
-from locret.evaluate.session import Answer, Session
-from locret.evaluate.source import Request, Source
+from locret.errors import ConfigError, DataError, NumericsError
+from locret.evaluate.grid import AS_IT_IS, Block, Grid, Stage, Variant, parse_method
+from locret.evaluate.machine import leave_note
+from locret.evaluate.measures import distances
+from locret.evaluate.prompts import Prompt, name_of
+from locret.evaluate.reads import Read, agnostic, aware
+from locret.evaluate.samples import Samples
+from locret.evaluate.session import Session
+from locret.evaluate.source import Source
 from locret.evaluate.store import Journal, Key, Line, claim, key_of, read_journals
 from locret.heads import RetainingHeads
 from locret.tasks.records import Record
 
 Progress = Callable[[int, int], object]
+_MOST_REFERENCES = 2 << 30  # bytes of the full cache's logits that are kept for later parts of a grid
 
 
 @dataclass
@@ -39,6 +45,10 @@ class Reference:
 
     asks: list[Tensor] = field(default_factory=list)  # [T, V] per question
     tail: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self.asks, self.tail) if tensor is not None)
 
 
 @dataclass(frozen=True)
@@ -53,7 +63,17 @@ class Expected:
         return sum(key not in self.lines for key in self.keys)
 
     def ordered(self) -> list[Line]:
-        return [self.lines[key] for key in self.keys]
+        """What is there, in the order of a complete run."""
+        return [self.lines[key] for key in self.keys if key in self.lines]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples that run together. `number`: of the batch in its block."""
+
+    block: Block
+    number: int
+    members: list[tuple[int, Prompt]]
 
 
 def check(grid: Grid, source: Source) -> None:
@@ -63,47 +83,47 @@ def check(grid: Grid, source: Source) -> None:
 
 def run(
     grid: Grid, backbone: Backbone, source: Source, folder: Path, *, heads: RetainingHeads | None = None,
-    rank: int = 0, world: int = 1, on_progress: Progress | None = None,
+    rank: int = 0, world: int = 1, samples: Path | None = None, deadline: float | None = None,
+    on_progress: Progress | None = None,
 ) -> Expected:  # fmt: skip
-    """Run what is missing of this process's share (samples i with i % world == rank) into `folder`.
+    """Run what is missing of this process's share (every `world`-th batch) into `folder`.
 
+    Args:
+        samples: folder with files of samples (`locret.evaluate.samples`).
+        deadline: begin nothing more after this `time.monotonic()`.
     Raises: ConfigError, DataError: before anything is computed, where it can be known then.
     """
     check(grid, source)
-    runner = _Runner(grid, backbone, source, heads)
+    runner = _Runner(grid, backbone, source, heads, samples)
     runner.check_budgets()
     runner.check_samples()
     claim(folder, grid.to_dict())
     done = read_journals(folder)
-    shares = [len(range(rank, v.samples, world)) for block in grid.blocks() for v in block.variants]
-    counted, keys = 0, list[Key]()
+    count, noted = len(done) // world, False
     with Journal(folder, rank) as journal:
-        for block in grid.blocks():
-            wanted = _keys(block, block.samples)
-            if any(key not in done for key in wanted):
-                records = runner.records(block)
-                wanted = _keys(block, len(records))
-                prompts = {i: runner.encoder.prompt(r) for i, r in enumerate(records) if i % world == rank}
-                _check_same(prompts, block, done)
-                runner.check_fits(block, list(prompts.values()))
-                before = counted + sum(key in done for key in wanted if key[3] % world == rank)
-                for lines in runner.lines(block, prompts, done):
-                    journal.write(lines)
-                    done.update({key_of(line): line for line in lines})
-                    before += len(lines)
-                    if on_progress is not None:
-                        on_progress(before, sum(shares))
-            counted += sum(key[3] % world == rank for key in wanted)
-            keys += wanted
+        for lines, total in runner.share(rank, world, done, deadline):
+            if not noted:
+                leave_note(folder, rank, backbone)
+                noted = True
+            journal.write(lines)
+            done.update({key_of(line): line for line in lines})
+            count += len(lines)
+            if on_progress is not None:
+                on_progress(count, max(count, total))
+    keys = [key for block in grid.blocks() for key in _keys(block, runner.count(block))]
     return Expected(keys, read_journals(folder))
 
 
 class _Runner:
-    def __init__(self, grid: Grid, backbone: Backbone, source: Source, heads: RetainingHeads | None) -> None:
+    def __init__(
+        self, grid: Grid, backbone: Backbone, source: Source, heads: RetainingHeads | None, folder: Path | None
+    ) -> None:
         self.grid, self.backbone, self.source = grid, backbone, source
-        self.encoder = Encoder(backbone.need_tokenizer(), max_context=grid.max_context)
+        self.samples = Samples(grid, source, backbone.need_tokenizer(), folder)
         self._heads = heads
         self._llms: dict[tuple[str, Any], LLM] = {}
+        self._references: dict[tuple[Any, ...], list[Reference]] = {}
+        self._counts: dict[tuple[Any, ...], int] = {}
 
     def llm(self, variant: Variant) -> LLM:
         key = (variant.method, variant.budget)
@@ -139,8 +159,8 @@ class _Runner:
             if (block.task, block.length) in seen:
                 continue
             seen.add((block.task, block.length))
-            records = self.records(block, count=None if block.length == AS_IT_IS else 1)
-            for record in records[:1] if block.length != AS_IT_IS else records:
+            public = block.length == AS_IT_IS
+            for record in self.samples.records(block, block.samples) if public else [self.samples.first(block)]:
                 for answers in (record.answers, *(turn.answers for turn in record.turns)):
                     if not answers:
                         raise DataError(f"{name_of(record)} has a question without an answer")
@@ -150,17 +170,6 @@ class _Runner:
                         f"{name_of(record)} has no question apart from its context, so nothing about it is "
                         "query-agnostic; set query_aware = true (--query-aware)"
                     )
-
-    def records(self, block: Block, count: int | None = None) -> list[Record]:
-        request = Request(
-            task=block.task, length=block.length, seed=block.seed, count=count or block.samples, mode=self.grid.mode,
-            tokenizer=self.backbone.tokenizer, answer_prefix=bool(self.grid.answer_prefix), text=self.grid.text,
-            public=self.grid.public.get(block.task),
-        )  # fmt: skip
-        records = list(itertools.islice(self.source.records(request), request.count))
-        if not records:
-            raise DataError(f"task {block.task!r} has no samples")
-        return records
 
     def check_fits(self, block: Block, prompts: Sequence[Prompt]) -> None:
         """What keeps everything can read the longest sample."""
@@ -175,76 +184,145 @@ class _Runner:
                     "method for this task"
                 )
 
-    def lines(self, block: Block, prompts: dict[int, Prompt], done: dict[Key, Line]) -> Iterator[list[Line]]:
-        """Lines that are missing, a group and variant at a time."""
-        for group in self._groups(block, prompts):
-            references: list[Reference] = []
-            for variant in block.variants:
-                members = [(i, p) for i, p in group if i < variant.samples]  # all of the group or none of it
-                wanted = {i for i, _ in members if _key(block, variant, i) not in done}
-                keeps_all = not self.llm(variant).method.evicts
-                others = any(_key(block, v, i) not in done for v in block.variants for i, _ in members if i < v.samples)
-                if not members or (not wanted and not (keeps_all and others and not references)):
-                    continue
-                cells = self._run_group(variant, [p for _, p in members], references, answer=bool(wanted))
-                if keeps_all and not references:
-                    references = [reference for _, reference in cells]
-                    if not wanted:
-                        continue
-                yield [
-                    {"task": block.task, "length": block.length, "seed": block.seed, "index": i,
-                     "method": variant.method, "budget": variant.budget, "sample": prompt.digest, **cell}
-                    for (i, prompt), (cell, _) in zip(members, cells, strict=True) if i in wanted
-                ]  # fmt: skip
+    def count(self, block: Block) -> int:
+        """Samples of a block: what was asked for, or what there are, once they have been read."""
+        return self._counts.get(block.key, block.samples)
 
-    def _groups(self, block: Block, prompts: dict[int, Prompt]) -> Iterator[list[tuple[int, Prompt]]]:
-        """Samples that run together: of one length, and wanted by the same variants."""
+    def share(
+        self, rank: int, world: int, done: dict[Key, Line], deadline: float | None
+    ) -> Iterator[tuple[list[Line], int]]:
+        """Lines that are missing, a batch and variant at a time, and how many lines this process may have in all."""
+        stages = list(self.grid.stages())
+        last = {stage.block.key: at for at, stage in enumerate(stages)}
+        numbers = {key: number for number, key in enumerate(last)}
+        total = sum(len(_keys(block, block.samples)) for block in self.grid.blocks()) // world
+        mine: dict[tuple[Any, ...], list[Batch]] = {}
+        for at, stage in enumerate(stages):
+            block = stage.block
+            if any(key not in done for key in _keys(block, self.count(block), stage.variants)):
+                if block.key not in mine and not _past(deadline):
+                    batches = self._batches(block, done)
+                    mine[block.key] = [b for b in batches if (numbers[block.key] + b.number) % world == rank]
+                    self.check_fits(block, [prompt for batch in mine[block.key] for _, prompt in batch.members])
+                for batch in mine.get(block.key, []):
+                    for lines in self._missing(batch, stage, done, deadline, again=last[block.key] > at):
+                        yield lines, total
+            if last[block.key] == at:
+                mine.pop(block.key, None)
+
+    def _batches(self, block: Block, done: dict[Key, Line]) -> list[Batch]:
+        """Samples that run together: of one length, and wanted by the same parts of the grid."""
+        prompts = self.samples.prompts(block)
+        self._counts[block.key] = len(prompts)
+        _check_same(prompts, block, done)
         groups: dict[tuple[Any, ...], list[tuple[int, Prompt]]] = {}
-        for i, prompt in prompts.items():
+        for i, prompt in enumerate(prompts):
             question = len(prompt.asks[0].first) if self.grid.query_aware else 0
             alone = i if self.grid.query_aware and len(prompt.asks) > 1 else None
-            tiers = tuple(i < variant.samples for variant in block.variants)
-            key = (len(prompt.context), question, alone, tiers, prompt.record.max_new_tokens)
+            tier = sum(cut <= i for cut in block.cuts)
+            key = (len(prompt.context), question, alone, tier, prompt.record.max_new_tokens)
             groups.setdefault(key, []).append((i, prompt))
-        for members in groups.values():
-            for start in range(0, len(members), self.grid.batch_size):
-                yield members[start : start + self.grid.batch_size]
+        batches: list[Batch] = []
+        for key, members in groups.items():
+            parts = -(-len(members) // self.grid.rows(key[0]))
+            edges = [len(members) * part // parts for part in range(parts + 1)]
+            batches += [Batch(block, len(batches) + i, members[a:b]) for i, (a, b) in enumerate(pairwise(edges))]
+        return batches
 
-    def _run_group(
-        self, variant: Variant, prompts: list[Prompt], references: list[Reference], *, answer: bool
+    def _missing(
+        self, batch: Batch, stage: Stage, done: dict[Key, Line], deadline: float | None, *, again: bool
+    ) -> Iterator[list[Line]]:
+        """Lines of a batch that are missing. again: a later stage runs this batch too."""
+        block, first = batch.block, batch.members[0][0]
+        name = (*block.key, batch.number)
+        references = self._references.pop(name, None)
+        for variant in stage.variants:
+            wanted = {i for i, _ in batch.members if _key(block, variant, i) not in done}
+            if first >= variant.samples or not wanted:  # all of a batch are wanted by a stage, or none
+                continue
+            if _past(deadline):
+                return
+            keeps_all = not self.llm(variant).method.evicts
+            if references is None and not keeps_all:
+                references = self._reference(batch)
+            try:
+                cells = self._run_batch(variant, batch, references or [], answer=True)
+            except (NumericsError, torch.OutOfMemoryError) as error:  # one method's trouble is not the others'
+                warnings.warn(_trouble(block, variant, error), stacklevel=2)
+                continue
+            if references is None:
+                references = [reference for _, reference in cells]
+            yield [
+                {"task": block.task, "length": block.length, "seed": block.seed, "index": i,
+                 "method": variant.method, "budget": variant.budget, "sample": prompt.digest, **cell}
+                for (i, prompt), (cell, _) in zip(batch.members, cells, strict=True) if i in wanted
+            ]  # fmt: skip
+        if again and references is not None:
+            self._keep(name, references)
+
+    def _reference(self, batch: Batch) -> list[Reference]:
+        """The full cache's logits for a batch, or nothing if the grid has none for it."""
+        for variant in batch.block.variants:
+            if not self.llm(variant).method.evicts and batch.members[0][0] < variant.samples:
+                return [reference for _, reference in self._run_batch(variant, batch, [], answer=False)]
+        return []
+
+    def _keep(self, name: tuple[Any, ...], references: list[Reference]) -> None:
+        self._references[name] = references
+        while sum(one.nbytes for kept in self._references.values() for one in kept) > _MOST_REFERENCES:
+            del self._references[next(iter(self._references))]
+
+    def _run_batch(
+        self, variant: Variant, batch: Batch, references: list[Reference], *, answer: bool
     ) -> list[tuple[Line, Reference]]:
         """A line and the logits for every prompt; `answer` False: only the logits."""
-        llm = self.llm(variant)
+        llm, prompts = self.llm(variant), [prompt for _, prompt in batch.members]
         sampling = self._sampling(prompts[0].record)
         if self.grid.query_aware:
-            reads = _aware(llm, prompts, sampling, answer=answer)
+            reads = aware(llm, prompts, sampling, answer=answer)
         else:
-            reads = _agnostic(llm, prompts, sampling, answer=answer, conversation=self.grid.turns == "conversation")
+            reads = agnostic(llm, prompts, sampling, answer=answer, conversation=self.grid.turns == "conversation")
         tails = self._tails(llm, prompts)
-        cells = []
-        for i, (prompt, read) in enumerate(zip(prompts, reads, strict=True)):
-            full = references[i] if i < len(references) else None
-            own = Reference(read.logits, tails[i])
-            if full is None and not llm.method.evicts:
-                full = own
-            cells.append((self._line(prompt, read, own, full, evicts=llm.method.evicts) if answer else {}, own))
-        return cells
+        own = [Reference(read.logits, tail) for read, tail in zip(reads, tails, strict=True)]
+        if not answer:
+            return [({}, one) for one in own]
+        full = references or (own if not llm.method.evicts else [])
+        measured = self._measured(prompts, own, full)
+        return [
+            (self._line(prompt, read, turns, tail, evicts=llm.method.evicts), one)
+            for prompt, read, (turns, tail), one in zip(prompts, reads, measured, own, strict=True)
+        ]
+
+    def _measured(
+        self, prompts: list[Prompt], own: list[Reference], full: list[Reference]
+    ) -> list[tuple[list[Line], Line | None]]:
+        """For every prompt, the distances of each turn and of the tail."""
+        turns = _distances(
+            [logits for one in own for logits in one.asks],
+            [ask.target for prompt in prompts for ask in prompt.asks],
+            [logits for one in full for logits in one.asks],
+        )
+        tails: list[Line] = []
+        if own[0].tail is not None:
+            texts = [prompt.context[-self.grid.tail_tokens :].tolist() for prompt in prompts]
+            tails = _distances(_known(one.tail for one in own), texts, _known(one.tail for one in full))
+        left = iter(turns)
+        return [([next(left) for _ in prompt.asks], tails[i] if tails else None) for i, prompt in enumerate(prompts)]
 
     def _sampling(self, record: Record) -> Sampling:
         stop = self.source.facts(record.task).stop
         return Sampling(max_new_tokens=record.max_new_tokens, stop=(stop,) if stop else ())
 
-    def _line(self, prompt: Prompt, read: _Read, own: Reference, full: Reference | None, *, evicts: bool) -> Line:
+    def _line(self, prompt: Prompt, read: Read, measured: list[Line], tail: Line | None, *, evicts: bool) -> Line:
         record = prompt.record
         scores = [
             self.source.score(record.metric, given.text, ask.answers)
             for given, ask in zip(read.answers, prompt.asks, strict=True)
         ]
         turns = [
-            {"prediction": given.text, "score": _short(score), "tokens": given.tokens,
-             **_distance(own.asks[k], ask.target, full.asks[k] if full else None)}
-            for k, (given, score, ask) in enumerate(zip(read.answers, scores, prompt.asks, strict=True))
-        ]  # fmt: skip
+            {"prediction": given.text, "score": _short(score), "tokens": given.tokens, **found}
+            for given, score, found in zip(read.answers, scores, measured, strict=True)
+        ]
         line: Line = {
             "score": _short(sum(scores) / len(scores)), "turns": turns, "prompt_tokens": read.tokens,
             "units": read.units, "kv_bytes": read.kv_bytes, "peak_kv_bytes": read.peak_kv_bytes,
@@ -259,9 +337,8 @@ class _Runner:
         if prompt.gold:
             line["gold"] = len(prompt.gold)
             line["kept"] = read.kept
-        if own.tail is not None:
-            text = prompt.context[-self.grid.tail_tokens :].tolist()
-            line["tail"] = _distance(own.tail, text, full.tail if full else None)
+        if tail is not None:
+            line["tail"] = tail
         given = read.answers
         paces = [one.tpot for one in given if one.tpot is not None]
         tpot = sum(paces) / len(paces) if paces else None
@@ -275,99 +352,46 @@ class _Runner:
         if not tail or len(prompts[0].context) < 2 * tail:
             return [None] * len(prompts)
         session = Session.compress(llm, [prompt.context[:-tail] for prompt in prompts])
-        return [session.rows([i]).follow([], prompt.context[-tail:].tolist()) for i, prompt in enumerate(prompts)]
+        return [*session.follow([[] for _ in prompts], [prompt.context[-tail:].tolist() for prompt in prompts])]
 
 
-@dataclass(frozen=True)
-class _Read:
-    """One sample under one variant. Bytes and units are those of the context that the first question met."""
-
-    answers: list[Answer]
-    logits: list[Tensor]  # that predict each question's target, [T, V]
-    kept: list[list[int]]  # gold tokens held, per layer and KV head; empty without any
-    tokens: int
-    units: int
-    kv_bytes: int
-    peak_kv_bytes: int
+def _distances(logits: list[Tensor], texts: list[list[int]], full: list[Tensor]) -> list[Line]:
+    found = distances(logits, texts, full or None)
+    return [{name: None if value is None else _short(value) for name, value in vars(one).items()} for one in found]
 
 
-def _agnostic(llm: LLM, prompts: list[Prompt], sampling: Sampling, *, answer: bool, conversation: bool) -> list[_Read]:
-    """One compression for all questions of a context."""
-    session = Session.compress(llm, [prompt.context for prompt in prompts])
-    kept = [session.gold_kept(i, prompt.gold) if prompt.gold else [] for i, prompt in enumerate(prompts)]
-    answers: list[list[Answer]] = [[] for _ in prompts]
-    if answer:
-        for rows in _by_length([len(prompt.asks[0].first) if len(prompt.asks) == 1 else -i - 1
-                                for i, prompt in enumerate(prompts)]):  # fmt: skip
-            first = prompts[rows[0]]
-            part = session if len(rows) == len(prompts) else session.rows(rows)
-            if len(first.asks) > 1 and conversation:
-                answers[rows[0]] = part.chat([(ask.first, ask.later) for ask in first.asks], sampling)
-            elif len(first.asks) > 1:
-                answers[rows[0]] = [part.ask([ask.first], sampling)[0] for ask in first.asks]
-            else:
-                given = part.ask([prompts[i].asks[0].first for i in rows], sampling)
-                for i, one in zip(rows, given, strict=True):
-                    answers[i] = [one]
-    return [
-        _Read(answers[i], [session.rows([i]).follow(ask.first, ask.target) for ask in prompt.asks], kept[i],
-              len(prompt.context), session.units, session.kv_bytes, session.peak_kv_bytes)
-        for i, prompt in enumerate(prompts)
-    ]  # fmt: skip
-
-
-def _aware(llm: LLM, prompts: list[Prompt], sampling: Sampling, *, answer: bool) -> list[_Read]:
-    """A compression of its own for every question; a group of more than one has one question each."""
-    reads: list[_Read] = []
-    asked: list[tuple[list[Answer], list[Tensor]]] = [([], []) for _ in prompts]
-    for k in range(len(prompts[0].asks)):
-        texts = [np.concatenate((p.context, np.array(p.asks[k].first, dtype=np.int32))) for p in prompts]
-        session = Session.read(llm, texts, sampling)
-        if k == 0:
-            kept = [session.gold_kept(i, prompt.gold) if prompt.gold else [] for i, prompt in enumerate(prompts)]
-            reads = [
-                _Read([], [], kept[i], len(texts[i]), session.units, session.kv_bytes, session.peak_kv_bytes)
-                for i in range(len(prompts))
-            ]
-        for i, prompt in enumerate(prompts):
-            asked[i][1].append(session.rows([i]).follow([], prompt.asks[k].target))
-        if answer:
-            for i, one in enumerate(session.answer(sampling)):
-                asked[i][0].append(one)
-    return [
-        _Read(*asked[i], read.kept, read.tokens, read.units, read.kv_bytes, read.peak_kv_bytes)
-        for i, read in enumerate(reads)
-    ]
-
-
-def _by_length(lengths: Sequence[int]) -> Iterable[list[int]]:
-    groups: dict[int, list[int]] = {}
-    for i, length in enumerate(lengths):
-        groups.setdefault(length, []).append(i)
-    return groups.values()
-
-
-def _distance(logits: Tensor, text: list[int], full: Tensor | None) -> dict[str, Any]:
-    found: Distance = distance(logits, torch.tensor(text), full)
-    return {name: None if value is None else _short(value) for name, value in vars(found).items()}
+def _known(tensors: Iterable[Tensor | None]) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def _short(value: float) -> float:
     return round(float(value), 6)
 
 
+def _trouble(block: Block, variant: Variant, error: Exception) -> str:
+    what = f"{variant.method} {variant.budget or ''} on {block.task} at {block.length}".replace("  ", " ")
+    if isinstance(error, NumericsError):
+        return f"left out {what}: {error}"
+    return f"left out {what}: no memory for the batch ({error}); set a smaller batch_size or batch_tokens"
+
+
+def _past(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() >= deadline
+
+
 def _key(block: Block, variant: Variant, index: int) -> Key:
     return (block.task, block.length, block.seed, index, variant.method, variant.budget)
 
 
-def _keys(block: Block, count: int) -> list[Key]:
-    """What a complete block of `count` samples holds, in order."""
-    return [_key(block, v, i) for i in range(count) for v in block.variants if i < v.samples]
+def _keys(block: Block, count: int, variants: Sequence[Variant] | None = None) -> list[Key]:
+    """What `count` samples of a block give in the end (or under some variants), in order."""
+    chosen = block.variants if variants is None else variants
+    return [_key(block, v, i) for i in range(count) for v in chosen if i < v.samples]
 
 
-def _check_same(prompts: dict[int, Prompt], block: Block, done: dict[Key, Line]) -> None:
+def _check_same(prompts: Sequence[Prompt], block: Block, done: dict[Key, Line]) -> None:
     """Samples that were done already are the samples of now."""
-    for i, prompt in prompts.items():
+    for i, prompt in enumerate(prompts):
         for variant in block.variants:
             line = done.get(_key(block, variant, i))
             if line is not None and line["sample"] != prompt.digest:

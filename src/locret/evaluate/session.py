@@ -81,11 +81,14 @@ class Session:
         )
         return Session(self.llm, reader, self.seconds, self._logits[at])
 
-    def gold_kept(self, row: int, gold: Sequence[int]) -> list[list[int]]:
-        """How many of these context tokens a row still holds: per budgeted layer, per KV head."""
-        tokens = torch.tensor(gold, device=self.llm.backbone.device)
-        layers = [layer.positions()[row] for layer in self._reader.cache.layers if layer.window is None]
-        return torch.stack([gold_kept(positions, tokens) for positions in layers]).tolist()
+    def gold_kept(self, golds: Sequence[Sequence[int]]) -> list[list[list[int]]]:
+        """How many of its gold context tokens each row still holds: per row, per budgeted layer, per KV head."""
+        marked = np.zeros((len(golds), self._reader.cache.seen), dtype=bool)
+        for row, gold in enumerate(golds):
+            marked[row, np.asarray(gold, dtype=np.int64)] = True
+        there = torch.from_numpy(marked).to(self.llm.backbone.device)
+        layers = [layer.positions() for layer in self._reader.cache.layers if layer.window is None]
+        return torch.stack([gold_kept(positions, there) for positions in layers], dim=1).tolist()
 
     def ask(self, questions: Sequence[list[int]], sampling: Sampling) -> list[Answer]:
         """Answer one question a row, all of one length, on a copy: the contexts stay as they are."""
@@ -110,17 +113,21 @@ class Session:
         return answers
 
     @torch.inference_mode()
-    def follow(self, question: list[int], text: list[int]) -> Tensor:
-        """Logits that predict every token of `text` behind `question`, [T, V]; for one row. The session is spent."""
-        reader = self._reader
-        device = self.llm.backbone.device
+    def follow(self, questions: Sequence[list[int]], texts: Sequence[list[int]]) -> list[Tensor]:
+        """Logits that predict every token of each row's text behind its question, [T, V] a row. The session is spent.
+
+        questions: of one length; texts: of any: shorter ones are padded behind their ends, where no token looks.
+        """
+        reader, device = self._reader, self.llm.backbone.device
         logits = self._logits
-        if question:
-            logits = self._read_question(reader, torch.tensor([question], device=device))
-        if len(text) > 1:
-            rest = reader.follow(torch.tensor([text[:-1]], device=device))
-            return torch.cat((logits[:, None], rest), dim=1)[0]
-        return logits
+        if questions[0]:
+            logits = self._read_question(reader, torch.tensor(list(questions), device=device))
+        longest = max(map(len, texts))
+        together = logits[:, None]
+        if longest > 1:
+            padded = [[*text, *text[-1:] * (longest - len(text))][:-1] for text in texts]
+            together = torch.cat((together, reader.follow(torch.tensor(padded, device=device))), dim=1)
+        return [together[row, : len(text)] for row, text in enumerate(texts)]
 
     def _timed(self, started: float) -> Session:
         self.seconds = time.perf_counter() - started

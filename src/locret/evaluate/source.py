@@ -39,6 +39,8 @@ class Request:
     mode: str
     tokenizer: Any
     answer_prefix: bool = True
+    sentence_tokens: int = 32
+    even_lengths: bool = False
     text: str | None = None
     public: dict[str, Any] | None = None  # path, hub_id, limit of a public set
 

@@ -2,6 +2,7 @@
 
     DIR/grid.json          what is being run; a folder holds one grid
     DIR/journal/*.jsonl    a file per process, in the order in which samples were done, with seconds
+    DIR/machines/*.json    what each of these processes ran on
     DIR/samples.jsonl      at the end: all samples in a fixed order, without seconds
     DIR/results.json       at the end: a cell per (task, length, method, budget), with its samples' scores
     DIR/run.json           at the end: seconds, command, commit, machine, date

@@ -36,7 +36,8 @@ class SuiteSource:
             self._haystacks[request.text] = Haystack.of(request.text, request.tokenizer)
         return suite.generate(
             request.task, count=request.count, length=request.length, tokenizer=request.tokenizer, seed=request.seed,
-            mode=request.mode, answer_prefix=request.answer_prefix,
+            mode=request.mode, answer_prefix=request.answer_prefix, even_lengths=request.even_lengths,
+            sentence=request.sentence_tokens,
             filler=None if request.text is None else self._haystacks[request.text],
         )  # fmt: skip
 

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import subprocess
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +12,7 @@ import numpy as np
 from locret.backbone import Backbone
 from locret.errors import ConfigError
 from locret.evaluate.grid import Grid
+from locret.evaluate.machine import joined, machines, provenance
 from locret.evaluate.run import Expected
 from locret.evaluate.source import Source
 from locret.evaluate.stats import bootstrap, mean_interval
@@ -36,7 +33,7 @@ def finish(
     write_text(folder / "samples.jsonl", "".join(dump(line) for line in plain))
     results = summarise(grid, backbone, source, lines)
     write_text(folder / "results.json", json.dumps(results, ensure_ascii=False, indent=1) + "\n")
-    write_text(folder / "run.json", json.dumps(_run_facts(lines, backbone, command), indent=1) + "\n")
+    write_text(folder / "run.json", json.dumps(_run_facts(folder, lines, backbone, command), indent=1) + "\n")
     return results
 
 
@@ -111,13 +108,13 @@ def _cell(key: tuple[Any, ...], lines: list[Line], full: dict[tuple[Any, ...], L
     return cell
 
 
-def _run_facts(lines: Sequence[Line], backbone: Backbone, command: str) -> dict[str, Any]:
+def _run_facts(folder: Path, lines: Sequence[Line], backbone: Backbone, command: str) -> dict[str, Any]:
     """What is not the same twice."""
     by_cell: dict[str, list[Line]] = {}
     for line in lines:
         by_cell.setdefault(cell_name(line), []).append(line)
     return {
-        "provenance": {"command": command, **provenance(backbone)},
+        "provenance": {"command": command, **joined(machines(folder) or [provenance(backbone)])},
         "seconds": {
             name: {part: _mean_known([line["seconds"][part] for line in mine]) for part in ("ttft", "tpot")}
             for name, mine in by_cell.items()
@@ -127,42 +124,6 @@ def _run_facts(lines: Sequence[Line], backbone: Backbone, command: str) -> dict[
 
 def cell_name(cell: Line | Cell) -> str:
     return "/".join(str(cell[name]) for name in ("task", "length", "method", "budget"))
-
-
-def provenance(backbone: Backbone) -> dict[str, Any]:
-    """What a reader needs to repeat the numbers; LOCRET_COMMIT stands in where there is no git."""
-    import torch
-    import transformers
-
-    import locret
-
-    cuda = backbone.device.type == "cuda"
-    return {
-        "commit": os.environ.get("LOCRET_COMMIT") or _git("rev-parse", "--short=12", "HEAD"),
-        "date": time.strftime("%Y-%m-%d"),
-        "locret": locret.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "machine": torch.cuda.get_device_name() if cuda else f"CPU {_cpu()}, {os.cpu_count()} cores",
-    }
-
-
-def _git(*arguments: str) -> str:
-    run: Callable[..., Any] = subprocess.run
-    try:
-        place = Path(__file__).parent
-        return run(["git", *arguments], cwd=place, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:
-        return ""
-
-
-def _cpu() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")), "")
 
 
 def _sample(line: Line) -> tuple[Any, ...]:

@@ -130,10 +130,10 @@ def _move(
             for start in range(tl.program_id(2) * block, b, tl.num_programs(2) * block):
                 slot = start + tl.arange(0, block).to(tl.int64)
                 source = tl.load(keep_ptr + row * b + slot, mask=slot < b, other=0)
+                is_old = source < held
                 moves = slot < b
                 if IN_PLACE:
-                    moves &= source != slot
-                is_old = source < held
+                    moves &= (source != slot) | (source >= held)  # a new unit is not there yet, wherever it goes
                 at = old + source[:, None] * old_t + channel[None, :]
                 units = tl.load(at, mask=(moves & is_old)[:, None] & inside, other=0)
                 if NEW:

@@ -538,7 +538,8 @@ def _verbatim(rng: random.Random, plan: Plan, tokenizer: Any, filler: Filler, fi
     if not questions:
         raise ConfigError("found no words in the filler that occur once; give more text")
     total = fit(tuple(questions))
-    assert room <= total <= len(text), "the questions are longer than foreseen"
+    if not room <= total <= len(text):
+        raise ConfigError("the quotations are longer than foreseen; draw others")
     return Sample("verbatim", text[:total], tuple(questions), np.ones(total, np.float32), seed)
 
 

@@ -1,0 +1,37 @@
+#!/bin/bash
+# The large table by one resumable command: several processes share one GPU, because a small model alone cannot fill it.
+#
+#   bash recipes/grids/table.sh OUTPUT [SECONDS] [PROCESSES] [SAMPLES]
+#
+# OUTPUT     where the journal of every process goes; the same folder (or OUTPUT.tgz) goes on where it was
+# SECONDS    after which nothing new is begun (default: none), the making of samples not counted
+# PROCESSES  default 7
+# GRID       in the environment: another grid than table.toml
+# SAMPLES    folder of prepared samples (default: OUTPUT/prepared); what is missing there is made first
+#
+# OUTPUT.tgz holds what has been done so far. Sum it up anywhere, without a GPU:
+#   locret eval recipes/grids/table.toml --output OUTPUT --sample-files SAMPLES --stop-after 0 --device cpu
+#   python benchmarks/eval_table.py OUTPUT
+set -euo pipefail
+output=${1:?"say where to write: bash recipes/grids/table.sh OUTPUT [SECONDS] [PROCESSES] [SAMPLES]"}
+seconds=${2:-1000000} processes=${3:-7} samples=${4:-$1/prepared}
+grid=${GRID:-$(dirname "$0")/table.toml}
+root=$(cd "$(dirname "$0")/../.." && pwd)
+export PYTHONPATH=$root/src${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True HF_HUB_OFFLINE=1
+python=${PYTHON:-python3}
+
+mkdir -p "$output"
+if [[ -e $output.tgz && ! -e $output/grid.json ]]; then tar xzf "$output.tgz" -C "$output"; fi
+"$python" -m locret eval "$grid" --prepare "$(nproc)" --sample-files "$samples"
+pids=()
+for ((rank = 0; rank < processes; rank++)); do
+  RANK=$rank WORLD_SIZE=$processes LOCAL_RANK=$rank "$python" -m locret eval "$grid" --output "$output" \
+    --sample-files "$samples" --stop-after "$seconds" >"$output/process-$rank.log" 2>&1 &
+  pids+=($!)
+done
+trap 'kill "${pids[@]}" 2>/dev/null; exit 130' INT TERM
+for pid in "${pids[@]}"; do wait "$pid" || echo "process $pid failed; its log is in $output" >&2; done
+tail -qn 1 "$output"/process-*.log
+tar czf "$output.tgz" -C "$output" --exclude=prepared --exclude=samples.jsonl --exclude='report.*' .
+ls -l "$output.tgz"
