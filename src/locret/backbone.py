@@ -207,8 +207,11 @@ class Backbone:
         options = dict(options or {})
         if "quantization_config" in options and where.type == "cuda":
             options.setdefault("device_map", {"": where})  # quantised weights are made in place and cannot be moved
-        if "tp_plan" in options and not join():  # transformers would join a group that takes no tensors of the CPU
-            raise ConfigError("tp_plan splits a model over processes: start several with torchrun --nproc-per-node")
+        split = {"tp_plan", "distributed_config"} & set(options)
+        if split and not join():  # transformers would join a group that takes no tensors of the CPU
+            raise ConfigError(
+                f"{min(split)} splits a model over processes: start several with torchrun --nproc-per-node"
+            )
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=wanted, **options)
             tokenizer = AutoTokenizer.from_pretrained(path)
@@ -221,7 +224,7 @@ class Backbone:
             if type(error).__module__.startswith("safetensors"):
                 raise BackboneError(f"the weights in {path!r} are broken: {_first_line(error)}") from error
             raise
-        if not {"device_map", "tp_plan"} & set(options):
+        if "device_map" not in options and not split:
             model = model.to(where)
         return cls(model.eval(), tokenizer)
 
