@@ -39,18 +39,19 @@ import torch
 from test_parallel import *
 from locret.fused import recognise
 torch.set_num_threads(1)
-how, folder = {how!r}, Path({folder!r})
-backbone = split(how, folder)
-found = dict(share=backbone.shard.size, heads=[backbone.num_q_heads, backbone.num_kv_heads])
-if how != "fsdp":
-    found["tokens"] = answers(backbone, folder)
-    backbone.fused = recognise(backbone)  # as on a GPU
-    found["fused"] = backbone.fused is not None
-    found["tokens"] += answers(backbone, folder)
-result = train(backbone, make_samples(8), folder / "out", TrainConfig(**CONFIG))
-weights = b"".join(p.detach().numpy().tobytes() for p in result.heads.parameters())
-found |= dict(digest=hashlib.sha256(weights).hexdigest(), loss=result.loss, overlap=result.overlap_per_head)
-print("FOUND " + json.dumps(found), flush=True)
+folder = Path({folder!r})
+for how in {ways!r}:
+    backbone = split(how, folder)
+    found = dict(share=backbone.shard.size, heads=[backbone.num_q_heads, backbone.num_kv_heads])
+    if how != "fsdp":
+        found["tokens"] = answers(backbone, folder)
+        backbone.fused = recognise(backbone)  # as on a GPU
+        found["fused"] = backbone.fused is not None
+        found["tokens"] += answers(backbone, folder)
+    result = train(backbone, make_samples(8), folder / how, TrainConfig(**CONFIG))
+    weights = b"".join(p.detach().numpy().tobytes() for p in result.heads.parameters())
+    found |= dict(digest=hashlib.sha256(weights).hexdigest(), loss=result.loss, overlap=result.overlap_per_head)
+    print("FOUND " + json.dumps(found), flush=True)
 """
 
 
@@ -100,70 +101,69 @@ def one(tmp_path_factory):
     return folder, answers(backbone, folder), result
 
 
-def run(how: str, folder: Path) -> list[dict]:
-    """What both processes found; `torchrun`'s environment without torchrun."""
+def run(ways: list[str], folder: Path) -> dict[str, list[dict]]:
+    """What both processes found, by way; `torchrun`'s environment without torchrun."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    program = CHILD.format(tests=str(Path(__file__).parent), how=how, folder=str(folder))
+    program = CHILD.format(tests=str(Path(__file__).parent), ways=ways, folder=str(folder))
     env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     children = [
         subprocess.Popen([sys.executable, "-c", program], env={**env, "RANK": rank, "LOCAL_RANK": rank}, text=True,
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for rank in "01"
     ]  # fmt: skip
-    found = []
+    ranks = []
     try:
         for child in children:
-            out, err = child.communicate(timeout=120)
+            out, err = child.communicate(timeout=150)
             assert child.returncode == 0, err
-            found += [json.loads(line[6:]) for line in out.splitlines() if line.startswith("FOUND ")]
+            ranks.append([json.loads(line[6:]) for line in out.splitlines() if line.startswith("FOUND ")])
     finally:
         for child in children:
             child.kill()
             child.communicate()
-    return found
+    return {way: [rank[number] for rank in ranks] for number, way in enumerate(ways)}
 
 
-def place(one: Path, folder: Path) -> Path:
-    """A folder with the model and heads of the one process, and no run in it."""
-    for name in ("model", "qkv", "hidden"):
-        (folder / name).symlink_to(one / name)
-    return folder
+@pytest.fixture(scope="module")
+def two(one):
+    """What two processes make of it, by way."""
+    ways = ["torch", "fsdp"] + ["tensor"] * (importlib.util.find_spec("accelerate") is not None)
+    return run(ways, one[0])
 
 
 def check_training(folder: Path, ranks: list[dict], alone) -> None:
     assert ranks[0]["digest"] == ranks[1]["digest"]
     assert ranks[0]["loss"] == pytest.approx(alone.loss, rel=1e-4)
     torch.testing.assert_close(torch.tensor(ranks[0]["overlap"]), torch.tensor(alone.overlap_per_head))
-    ours = RetainingHeads.from_pretrained(folder / "out")
+    ours = RetainingHeads.from_pretrained(folder)
     for a, b in zip(ours.parameters(), alone.heads.parameters(), strict=True):
         assert (a - b).abs().max() < 1e-4  # sums in another order; Adam magnifies that up to the learning rate, 5e-4
-    losses = [json.loads(line).get("loss") for line in (folder / "out" / LOG_FILE).read_text().splitlines()]
+    losses = [json.loads(line).get("loss") for line in (folder / LOG_FILE).read_text().splitlines()]
     theirs = [json.loads(line).get("loss") for line in (alone.output / LOG_FILE).read_text().splitlines()]
     assert losses == [None if x is None else pytest.approx(x, rel=1e-4) for x in theirs]
 
 
 @pytest.mark.parametrize("how", ["torch", "tensor"])
-def test_tensor_parallel_gives_the_tokens_and_the_heads_of_one_process(how, one, tmp_path):
+def test_tensor_parallel_gives_the_tokens_and_the_heads_of_one_process(how, one, two):
     """Each process has half of the heads of every layer; both end with whole heads, equal bit for bit."""
-    if how == "tensor" and importlib.util.find_spec("accelerate") is None:
+    if how not in two:
         pytest.skip("transformers' tp_plan needs accelerate")
     folder, tokens, alone = one
-    ranks = run(how, place(folder, tmp_path))
+    ranks = two[how]
     assert [rank["share"] for rank in ranks] == [2, 2]
     assert [rank["heads"] for rank in ranks] == [[4, 2], [4, 2]]
     assert [rank["fused"] for rank in ranks] == [True, True]
     assert [rank["tokens"] for rank in ranks] == [tokens * 2, tokens * 2]
-    check_training(tmp_path, ranks, alone)
+    check_training(folder / how, ranks, alone)
 
 
-def test_a_backbone_in_shares_trains_the_heads_of_one_process(one, tmp_path):
+def test_a_backbone_in_shares_trains_the_heads_of_one_process(one, two):
     """FSDP2: weights are gathered layer by layer, each process reads its own samples, an odd one out held-out one."""
     folder, _, alone = one
-    ranks = run("fsdp", place(folder, tmp_path))
-    assert [rank["share"] for rank in ranks] == [1, 1]
-    check_training(tmp_path, ranks, alone)
+    assert [rank["share"] for rank in two["fsdp"]] == [1, 1]
+    check_training(folder / "fsdp", two["fsdp"], alone)
 
 
 def test_shares_of_a_backbone_need_equally_many_samples_on_all(monkeypatch, tmp_path):

@@ -44,8 +44,8 @@ def test_recall_tells_good_heads_from_bad_ones():
     tokenizer = backbone.need_tokenizer()
     filler = ProseFiller.from_seed(1, tokenizer)
     samples = []
-    for seed in range(3):
-        made = build("number", seed=seed, length=700, tokenizer=tokenizer, filler=filler, num_facts=1, wording="train")
+    for seed in range(2):
+        made = build("number", seed=seed, length=500, tokenizer=tokenizer, filler=filler, num_facts=1, wording="train")
         answer = tokenizer.encode(" " + made.questions[0].answer, add_special_tokens=False)
         samples.append(Sample(list(made.prompt_ids(tokenizer)), answer))
     good = recall(backbone, heads, samples, 0.2)
