@@ -7,6 +7,7 @@ tests marked gpu run the captured graph.
 import pytest
 import torch
 from conftest import build_tiny_model
+from triton_programs import interpret
 
 import locret
 from locret.backbone import Backbone
@@ -183,3 +184,45 @@ def test_a_stream_that_is_left_early_leaves_a_whole_cache(tiny_folder, graphs_ev
     asked = len(context.ids) - seen - (got - 1)
     assert context.seen == seen + asked + got - 1  # the last token is chosen, but not read
     assert all(positions.max() == context.seen - 1 for positions in context.kept())
+
+
+# ---------------------------------------------------------------------- every kernel at once
+
+# The whole engine on Triton's interpreter: chunks beside their slabs, compaction in place, replayed steps.
+INTERPRETED = """
+import json, torch
+import locret.kernels.append, locret.kernels.attention, locret.kernels.compact, locret.kernels.decode_attention
+import locret.kernels.linear, locret.kernels.rotate
+from locret import kernels
+from locret.backbone import Rope
+def plain():
+    for name in ("append", "attention", "compact", "decode_attention", "linear", "rotate"):
+        getattr(kernels, name).use_triton = lambda kernel, x: False
+def interpreted():
+    for name in ("append", "attention", "compact", "decode_attention", "linear", "rotate"):
+        getattr(kernels, name).use_triton = lambda kernel, x: True
+    rotate = kernels.rotate.rotate
+    Rope.run = lambda self, layer, x, first, out=None: rotate(
+        x, self.angles(layer), first, torch.empty_like(x) if out is None else out)
+from test_graph import *
+from locret.fused import recognise
+plain()
+backbone = Backbone(build_tiny_model("llama", head_dim=64, num_attention_heads=4))
+config = CacheConfig(budget=22, chunk_size=12, num_sinks=2, num_stabilizers=3, local_window=3, decode_interval=4)
+method, text = method_of("locret", backbone), words(2, 44)
+want, cache = decode(backbone, method, config, text[:, :31], text[:, 31:], graph=False)
+interpreted()
+backbone.fused = recognise(backbone)
+got, mine = decode(backbone, method, config, text[:, :31], text[:, 31:], graph=True)
+print(json.dumps([backbone.fused is not None, float((got - want).norm() / want.norm()),
+    all(torch.equal(a.positions(), b.positions()) for a, b in zip(cache.layers, mine.layers, strict=True))]))
+"""
+
+
+@pytest.mark.triton_interpret
+def test_all_kernels_together_give_what_torch_gives():
+    """Each was right alone when compaction in place lost new units in a slab that was not full yet."""
+    fused, error, same = interpret(INTERPRETED)
+    assert fused
+    assert same
+    assert error < 1e-4
