@@ -333,10 +333,11 @@ def table(results: list[dict[str, Any]]) -> str:
     ]
     for r in results:
         step, where = r["step_seconds"], f"{r['provenance']['device']}, {r['quantize'] or 'bf16'}, {r['d_r']}"
+        own = f", {r['overhead_over_own_forward']:.2f}x" if "overhead_over_own_forward" in r else ""
         cap = f"{r['cap_gb']:g} GB" if r["cap_gb"] and "cap_failed" not in r else "none"
         lines.append(
             f"| {where} | {step['median']:.3f} ({step['min']:.3f} to {step['max']:.3f}), n = {r['steps_measured']} | "
-            f"{r['overhead_over_forward']:.2f}x, {r['overhead_over_own_forward']:.2f}x | "
+            f"{r['overhead_over_forward']:.2f}x{own} | "
             f"{r['minutes_for_3000_steps']:.1f} minutes | "
             f"{r['peak_gb'].get('reserved', 0):.1f} GB, {cap} |"
         )
