@@ -37,6 +37,7 @@ from locret.config import CacheConfig
 from locret.context import Context
 from locret.errors import ConfigError
 from locret.methods import ChunkView, Method, get_method, list_methods
+from locret.methods.base import find_method
 from locret.prefill import Reader
 from locret.select import reference_keep
 
@@ -382,3 +383,15 @@ def test_snapkv_never_ranks_a_unit_above_its_window(exact):
 def test_full_keeps_everything(exact):
     _, reader = run(exact, "full", tokens(N + 5), steps=5, budget=40, chunk_size=16)
     assert kept(reader) == [[list(range(N + 5))] * 2] * 2
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if find_method(name).per_token])
+def test_a_unit_that_is_scored_alone_scores_the_same_among_others(name):
+    """What `per_token` promises: a graph of decode steps scores many tokens at once, long after they were read."""
+    backbone = Backbone(build_tiny_model("llama"))
+    method = method_of(name, backbone)
+    heads = (backbone.num_q_heads, backbone.num_kv_heads, backbone.num_kv_heads)
+    parts = [torch.randn(2, count, 9, backbone.head_dim) for count in heads]
+    together = method.score(ChunkView(1, *parts, 40, 0.3))
+    alone = [method.score(ChunkView(1, *(part[:, :, t : t + 1] for part in parts), 40 + t, 0.3)) for t in range(9)]
+    torch.testing.assert_close(torch.cat(alone, 2), together, rtol=1e-5, atol=1e-6)
