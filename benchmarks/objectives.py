@@ -22,7 +22,7 @@ import multiprocessing
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -288,13 +288,21 @@ def write_table(result: dict[str, Any]) -> None:
 
 
 def tables(result: dict[str, Any]) -> dict[str, str]:
-    """Markdown by name: objectives (shares of right answers, and differences to the paper's), stabilizers."""
-    settings, jobs = result["settings"], result["jobs"]
-    wanted = [(name, seed) for name in settings["variants"] for seed in range(settings["seeds"])]
-    parts = [
-        part for part in range(1000)
-        if all(f"{name}/{seed}/{part}" in jobs for name, seed in [*wanted, *((name, 0) for name in REFERENCES)])
-    ]  # fmt: skip
+    """Markdown by name: objectives (shares of right answers, and differences to the paper's), stabilizers.
+
+    Of a run that was cut off: the seeds for which `paper` has answers, and the variants that have answered the same.
+    """
+    settings, jobs = dict(result["settings"]), result["jobs"]
+
+    def answered(variant: str, seeds: Sequence[int]) -> list[int]:
+        return [part for part in range(1000) if all(f"{variant}/{seed}/{part}" in jobs for seed in seeds)]
+
+    settings["seeds"] = next((n for n in range(settings["seeds"], 0, -1) if answered("paper", range(n))), 0)
+    seeds = range(settings["seeds"])
+    known = set(answered("paper", seeds) if seeds else []).intersection(*(answered(x, [0]) for x in REFERENCES))
+    missing = [name for name in settings["variants"] if not known & set(answered(name, seeds))]
+    settings["variants"] = [name for name in settings["variants"] if name not in missing]
+    parts = sorted(known.intersection(*(answered(name, seeds) for name in settings["variants"])))
     if not parts or "paper" not in settings["variants"]:
         return {"objectives": "(no part of the questions has been answered by all variants)"}
 
@@ -323,9 +331,13 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
                 text += f" ({100 * low:+.0f} to {100 * high:+.0f}{'' if low <= 0 <= high else ', *'})"
             texts.append(text)
         lines.append(f"| {variant} | " + " | ".join(texts) + " |")
-    found = {"objectives": "\n".join(lines)}
+    count = len(parts) * settings["part"]
+    note = f"{settings['seeds']} seeds, {count} prompts a task, {settings['steps']} steps."
+    if missing:
+        note += f" Not measured: {', '.join(missing)}."
+    found = {"objectives": "\n".join([*lines, "", note])}
     swept = [name for name in settings["variants"] if VARIANTS[name].stabilizers]
-    if "5%" in settings["budgets"]:
+    if swept and "5%" in settings["budgets"]:
         counts: list[int | None] = [*FEWER_STABILIZERS, None]
         titles = ["a quarter of the budget" if count is None else str(count) for count in counts]
         lines = [f"| heads, sparse tasks at {factor('5%')} | " + " | ".join(titles) + " |", "|---" * 4 + "|"]
