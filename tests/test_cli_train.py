@@ -71,6 +71,8 @@ def test_recipes_are_valid(name: str) -> None:
         (["--set", "stepz=3"], "did you mean 'steps'"),
         (["--objective", "rank"], "unknown objective 'rank'"),
         (["--quantize", "bnb-3bit"], "unknown quantize 'bnb-3bit'"),
+        (["--parallel", "tensr"], "did you mean 'tensor'"),
+        (["--parallel", "fsdp", "--quantize", "bnb-4bit"], "splits plain weights"),
         (["--log", "tensorbord"], "did you mean 'tensorboard'"),
     ],
 )

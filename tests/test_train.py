@@ -495,6 +495,19 @@ def test_logs_also_go_to_tensorboard_where_it_is_installed(backbone, tmp_path, m
         train(backbone, make_samples(), tmp_path, TrainConfig(**SMALL, log_to=["wandb"]), resume=False)
 
 
+def test_logs_also_go_to_wandb_where_it_is_installed(backbone, tmp_path, monkeypatch):
+    """A stand-in for the package: what it is told, and that it is told the end."""
+    told = []
+    run = SimpleNamespace(log=lambda numbers, step: told.append((step, numbers)), finish=lambda: told.append("end"))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: told.append(options) or run))
+    result = train(backbone, make_samples(), tmp_path / "heads", TrainConfig(**SMALL, log_to=("wandb",)))
+    assert told[0] == {"project": "locret", "name": "heads", "dir": str(tmp_path / "heads")}
+    assert told[-1] == "end"
+    losses = [numbers["loss"] for step, numbers in told[1:-1] if "loss" in numbers]
+    assert len(losses) == 4
+    assert losses[-1] == pytest.approx(result.loss)
+
+
 def test_a_checkpoint_of_the_first_version_goes_on(backbone, tmp_path):
     """It knows none of today's further options and fields: those had their defaults."""
     whole = train(backbone, make_samples(), tmp_path / "whole", TrainConfig(**SMALL))

@@ -11,6 +11,7 @@ from conftest import build_byte_tokenizer, build_tiny_model
 from test_train import SMALL, TINY, make_backbone, make_samples, run_of
 
 from locret.backbone import Backbone
+from locret.cli.loading import load_backbone
 from locret.errors import BackboneError, ConfigError
 from locret.heads import RetainingHeads
 from locret.train import TrainConfig, train
@@ -43,6 +44,31 @@ def test_an_int8_backbone_trains_heads(tiny_folder, tmp_path):
     assert result.loss == pytest.approx(plain.loss, rel=0.05)
     assert result.loss != plain.loss
     RetainingHeads.from_pretrained(tmp_path / "int8").check(backbone)
+
+
+@pytest.mark.filterwarnings("ignore")  # the libraries' own, about types
+@pytest.mark.parametrize(
+    ("package", "name", "weight"),
+    [
+        ("bitsandbytes", "bnb-4bit", "Params4bit"),
+        ("bitsandbytes", "bnb-8bit", "Int8Params"),
+        ("optimum.quanto", "quanto-int4", "WeightQBits"),
+    ],
+)
+def test_a_four_or_eight_bit_backbone_trains_heads(package, name, weight, tiny_folder, tmp_path):
+    """As `--quantize` loads it: weights are packed, head inputs and labels are near those of the plain model."""
+    pytest.importorskip(package)
+    pytest.importorskip("accelerate")
+    shape = {**TINY, "hidden_size": 128, "head_dim": 32, "intermediate_size": 256}
+    folder = str(tiny_folder("llama", **shape))
+    backbone = load_backbone({"model": folder, "device": "cpu", "quantize": name})
+    assert weight in type(backbone.model.model.layers[0].self_attn.q_proj.weight).__name__
+    result = train(backbone, make_samples(), tmp_path / "packed", TrainConfig(**SMALL))
+    plain = train(load_backbone({"model": folder, "device": "cpu"}), make_samples(), tmp_path / "plain",
+                  TrainConfig(**SMALL))  # fmt: skip
+    assert result.loss == pytest.approx(plain.loss, rel=0.1)
+    assert result.loss != plain.loss
+    RetainingHeads.from_pretrained(tmp_path / "packed").check(backbone)
 
 
 def test_a_device_map_goes_through(tiny_folder, tmp_path):

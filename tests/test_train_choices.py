@@ -16,8 +16,10 @@ from test_train import SMALL, make_backbone, make_samples, run_of, same
 from locret.backbone import Backbone
 from locret.data import Sample, Samples
 from locret.errors import ConfigError, DataError
+from locret.fused import recognise
 from locret.heads import HeadInput, HeadsConfig, RetainingHeads
 from locret.methods import get_method
+from locret.parallel import Shard
 from locret.train import LOG_FILE, LabelPass, TrainConfig, evaluate, evicted, train
 from locret.train.answers import answered_by
 from locret.train.evicted import cache_config
@@ -36,6 +38,51 @@ def labels_of(backbone, sample, **options):
     run = LabelPass(backbone, range(backbone.num_layers), **options)
     run(sample, lambda layer, inputs, labels: found.update({layer: labels}))
     return found
+
+
+def test_tokens_appended_to_reach_a_round_length_change_no_label(backbone):
+    """On CUDA lengths are rounded up, so that few attention plans are made."""
+    sample = make_samples(1)[0]
+    run = LabelPass(backbone, range(2), label="max-logit", wants_hidden=False, max_length=10_000)
+    run.round_to = 8
+    found = {}
+    run(sample, lambda layer, inputs, labels: found.update({layer: labels}))
+    for layer, labels in labels_of(backbone, sample).items():
+        assert labels.shape[-1] == len(sample.prompt_ids)
+        torch.testing.assert_close(found[layer], labels, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"input": "hidden"}, {"token_chunk": 20}], ids=str)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_layers_in_fewer_kernels_teach_the_same(family, options, tmp_path):
+    """On a GPU the backbone walks through layers of the Llama shape by itself, and adds residuals in place; longer
+    inputs than token_chunk go through the modules, which can be given some tokens at a time."""
+    sample, gradients, walks = make_samples(1)[0], [], []
+    for fast in (False, True):
+        backbone = make_backbone(family)
+        if fast:
+            backbone.fused = recognise(backbone)
+            walk = backbone.fused.run
+            object.__setattr__(backbone.fused, "run", lambda *a, walk=walk, **k: walks.append(1) or walk(*a, **k))
+        run = run_of(backbone, [sample], tmp_path / str(fast), **options)
+        run.learn(sample)
+        gradients.append([p.grad for p in run.weights])
+    assert len(walks) == ("token_chunk" not in options)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("label", ["max-logit", "log-mass", "log-value"])
+def test_labels_on_a_gpu_in_bf16_are_near_those_of_a_cpu_in_fp32(label):
+    """Other kernels for norms, attention and label maxima; lengths are rounded up, and 203 is no round number."""
+    shape = dict(hidden_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=64, initializer_range=0.05)
+    sample = Sample([8 + (i * i) % 250 for i in range(200)], [9, 10, 11])
+    plain = labels_of(Backbone(build_tiny_model("llama", **shape), build_byte_tokenizer()), sample, label=label)
+    fast = Backbone(build_tiny_model("llama", torch.bfloat16, **shape).cuda(), build_byte_tokenizer())
+    for layer, labels in labels_of(fast, sample, label=label).items():
+        assert labels.shape == plain[layer].shape
+        error = (labels.cpu() - plain[layer]).norm() / plain[layer].norm()
+        assert error < 0.05, (layer, error)  # on a CPU bf16 alone makes 0.02
 
 
 # ---------------------------------------------------------------------- answers
@@ -145,7 +192,7 @@ def test_gold_spans_retained_are_counted_by_hand(backbone):
     sample = Sample(list(range(8, 48)), [60, 61], gold=((0, 2), (30, 32)))
 
     class First(torch.nn.Module):
-        config = HeadsConfig.of(backbone)
+        config, shard = HeadsConfig.of(backbone), Shard()
 
         def score(self, layer, q, k, v, hidden=None):
             return -torch.arange(40.0).expand(1, 2, 40)

@@ -36,6 +36,7 @@ from locret.errors import BackboneError, ConfigError, unknown
 from locret.fused import FusedModel, recognise
 from locret.kernels.decode_attention import Angles, angles_of
 from locret.kernels.rotate import rotate
+from locret.parallel import Shard, join
 
 ATTENTION_NAME = "locret"
 EMBEDDED = Path(__file__).parent / "models" / "embedded"
@@ -155,6 +156,7 @@ class Backbone:
         model, tokenizer: the Hugging Face objects, unchanged.
         num_layers, num_q_heads, num_kv_heads, head_dim, hidden_act: its dimensions, as the probe saw them.
         layers: one `LayerSpec` a layer.
+        shard: under tensor parallelism heads are counted as they are on this process, and this says which they are.
         calls: what each layer asks of attention.
         fused: the layers in fewer kernels, where the family's are known (`fused`) and the model is on a GPU.
     """
@@ -175,6 +177,7 @@ class Backbone:
         self.attention_modules = found.modules
         self.num_layers = len(found.layers)
         self.num_q_heads, self.num_kv_heads, self.head_dim = found.dims
+        self.shard = Shard.of(model.config, self.num_q_heads, self.num_kv_heads)
         self.hidden_act: str = getattr(model.config, "hidden_act", None) or model.config.hidden_activation
         self.calls = found.calls
         self.fused: FusedModel | None = recognise(self) if self.device.type == "cuda" else None
@@ -190,7 +193,8 @@ class Backbone:
             device: "auto" (CUDA when there is one), "cpu", "cuda", "cuda:1".
             dtype: "auto" (as stored; float32 on a CPU), "float32", "bfloat16", "float16".
             options: further keywords of `from_pretrained`: quantization_config, device_map, max_memory, revision ...
-                With a device_map the model stays where that puts it.
+                With a device_map the model stays where that puts it. tp_plan="auto", on the processes of torchrun:
+                each takes its share of every layer (tensor parallel).
         Raises: BackboneError: it cannot be loaded, or cannot be run faithfully.
         """
         where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
@@ -203,6 +207,11 @@ class Backbone:
         options = dict(options or {})
         if "quantization_config" in options and where.type == "cuda":
             options.setdefault("device_map", {"": where})  # quantised weights are made in place and cannot be moved
+        split = {"tp_plan", "distributed_config"} & set(options)
+        if split and not join():  # transformers would join a group that takes no tensors of the CPU
+            raise ConfigError(
+                f"{min(split)} splits a model over processes: start several with torchrun --nproc-per-node"
+            )
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=wanted, **options)
             tokenizer = AutoTokenizer.from_pretrained(path)
@@ -215,7 +224,7 @@ class Backbone:
             if type(error).__module__.startswith("safetensors"):
                 raise BackboneError(f"the weights in {path!r} are broken: {_first_line(error)}") from error
             raise
-        if "device_map" not in options:
+        if "device_map" not in options and not split:
             model = model.to(where)
         return cls(model.eval(), tokenizer)
 
@@ -233,6 +242,12 @@ class Backbone:
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 
+    @property
+    def decoder_layers(self) -> list[nn.Module]:
+        """The modules that hold an attention module and what belongs to it, in order."""
+        attention = {id(module) for module in self.attention_modules}
+        return [m for m in self.model.modules() if any(id(child) in attention for child in m.children())]
+
     def layer_device(self, layer: int) -> torch.device:
         """Where a layer's attention runs; layers of a model loaded with a `device_map` may lie on different devices."""
         module = self.attention_modules[layer]
@@ -248,8 +263,8 @@ class Backbone:
         return {
             "architecture": type(self.model).__name__,
             "num_layers": self.num_layers,
-            "num_q_heads": self.num_q_heads,
-            "num_kv_heads": self.num_kv_heads,
+            "num_q_heads": self.num_q_heads * self.shard.size,
+            "num_kv_heads": self.num_kv_heads * self.shard.size,
             "head_dim": self.head_dim,
             "hidden_size": int(self.model.config.hidden_size),
             "hidden_act": self.hidden_act,

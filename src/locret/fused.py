@@ -8,7 +8,8 @@ layer, whatever their class is called:
 
 `recognise` finds it by the names and types of the modules, takes the weights as they lie (nothing is copied or packed)
 and then runs both ways on a few tokens: only if they agree is the walk used. Everything else - other norms or
-activations, scaled residuals, experts, quantised or sharded weights, hooks - is left to transformers.
+activations, scaled residuals, experts, quantised weights, hooks - is left to transformers. Under tensor parallelism the
+weights are this process's part, and what O and D give is summed over the processes (`parallel.Shard`).
 
 Shapes: B batch, T tokens, M = B T rows, E hidden size, Hq/Hkv heads, D head dim.
 """
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from locret.kernels.linear import Norm, gated, project, rms_norm
+from locret.parallel import Shard, local_part
 
 if TYPE_CHECKING:
     from locret.backbone import AttentionCall, Backbone, LayerContext
@@ -34,8 +36,9 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 6e-2, to
 class Linear:
     """One of the model's projections."""
 
-    weight: Tensor  # [N, E]
+    weight: Tensor  # [N, E], or this process's part of it
     bias: Tensor | None
+    whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class FusedModel:
     norm: Norm
     head: Linear
     heads: tuple[int, int, int]  # Hq, Hkv, D
+    shard: Shard
 
     def run(self, ids: Tensor, context: LayerContext, *, logits: int) -> Tensor | None:
         """`Backbone.run`."""
@@ -68,11 +72,12 @@ class FusedModel:
         x = self.embedding(ids).flatten(0, 1)  # [M, E]
         for i, layer in enumerate(self.layers):
             x = self._attention(i, layer, x, (batch, length), context)
-            x = _mlp(layer, x)
+            x = self._mlp(layer, x)
         if logits == 0:
             return None
         last = x.view(batch, length, -1)[:, length - logits :].flatten(0, 1)
         out = project(last, [self.head.weight], biases=[self.head.bias], norm=self.norm)[0]
+        out = self.shard.join(out, self.head.whole)
         return out.view(batch, logits, -1)
 
     def _attention(
@@ -91,12 +96,16 @@ class FusedModel:
             q, k = rms_norm(q, layer.head_norms[0]), rms_norm(k, layer.head_norms[1])
         out = context.attend(index, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), call)
         out = out.transpose(1, 2).reshape(len(x), -1)
-        return project(out, [layer.out.weight], biases=[layer.out.bias], residual=x)[0]
+        return self._add(layer.out, out, x)
 
+    def _mlp(self, layer: FusedLayer, x: Tensor) -> Tensor:
+        return self._add(layer.down, gated(x, [p.weight for p in layer.gate_up], norm=layer.post_norm), x)
 
-def _mlp(layer: FusedLayer, x: Tensor) -> Tensor:
-    inner = gated(x, [p.weight for p in layer.gate_up], norm=layer.post_norm)
-    return project(inner, [layer.down.weight], biases=[layer.down.bias], residual=x)[0]
+    def _add(self, linear: Linear, y: Tensor, x: Tensor) -> Tensor:
+        """x + linear(y), written over x."""
+        if self.shard.size == 1:
+            return project(y, [linear.weight], biases=[linear.bias], residual=x)[0]
+        return x.add_(self.shard.sum(project(y, [linear.weight])[0]))
 
 
 def recognise(backbone: Backbone) -> FusedModel | None:
@@ -117,7 +126,10 @@ def _find(backbone: Backbone, calls: list[AttentionCall]) -> FusedModel | None:
         return None
     if type(base.embed_tokens) is not nn.Embedding:
         return None
-    return FusedModel(base.embed_tokens, tuple(x for x in layers if x is not None), final, lm_head, heads)
+    found = tuple(x for x in layers if x is not None)
+    if not all(_cut_alike(layer, backbone.shard.size > 1) for layer in found):
+        return None
+    return FusedModel(base.embed_tokens, found, final, lm_head, heads, backbone.shard)
 
 
 def _layer(layer: Any, call: AttentionCall, heads: tuple[int, int, int]) -> FusedLayer | None:
@@ -152,10 +164,18 @@ def _linears(module: Any, names: tuple[str, ...]) -> tuple[Linear, ...]:
 
 
 def _linear(module: Any) -> Linear | None:
-    """Of a plain nn.Linear with plain weights only: quantised, adapted and sharded ones are other types."""
-    if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter or module.weight.is_meta:
+    """Of a plain nn.Linear with plain or cut weights only: quantised and adapted ones are other types."""
+    if type(module) is not nn.Linear or module.weight.is_meta:
         return None
-    return Linear(module.weight, module.bias)
+    if type(module.weight) is nn.Parameter:
+        return Linear(module.weight, module.bias)
+    part = local_part(module.weight)
+    return None if part is None or module.bias is not None else Linear(part, None, whole=False)
+
+
+def _cut_alike(layer: FusedLayer, cut: bool) -> bool:
+    """All of a layer's products are cut, or none is."""
+    return all(part.whole is not cut for part in (*layer.qkv, layer.out, *layer.gate_up, layer.down))
 
 
 def _norm(module: Any) -> Norm | None:

@@ -73,8 +73,8 @@ class StepGraph:
             return None
         if plan.positions == "original" and plan.budget is not None:
             return None
-        if capture and (backbone.fused is None or backbone.device.type != "cuda"):
-            return None
+        if capture and (backbone.fused is None or backbone.device.type != "cuda" or backbone.shard.size > 1):
+            return None  # under tensor parallelism a step talks to other processes
         angles = [reader.rope.angles(layer) for layer in range(backbone.num_layers)]
         if any(found is None and spec.rotated for found, spec in zip(angles, backbone.layers, strict=True)):
             return None

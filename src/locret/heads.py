@@ -39,6 +39,7 @@ from transformers.activations import ACT2FN
 from locret.errors import HeadsError
 from locret.files import atomic_write, write_text
 from locret.labels import LABELS
+from locret.parallel import Shard
 
 if TYPE_CHECKING:
     from locret.backbone import Backbone
@@ -97,15 +98,13 @@ class HeadsConfig:
         cls, backbone: Backbone, *, hidden_size: int = 256, training: dict[str, Any] | None = None, **choices: Any
     ) -> HeadsConfig:
         """The config of heads that fit `backbone`; `choices`: input, label, objective, query_aware."""
+        whole = backbone.fingerprint()
         return cls(
             **choices,
-            num_layers=backbone.num_layers,
-            num_q_heads=backbone.num_q_heads,
-            num_kv_heads=backbone.num_kv_heads,
-            head_dim=backbone.head_dim,
+            **{name: whole[name] for name in _SIZES},
             hidden_size=hidden_size,
             activation=backbone.hidden_act,
-            backbone=backbone.fingerprint(),
+            backbone=whole,
             training=training or {},
         )
 
@@ -161,23 +160,28 @@ class RetainingHead(nn.Module):
         self.fc2 = nn.Linear(config.hidden_size, config.num_kv_heads, bias=False)
         self.act = ACT2FN[config.activation]
 
-    def forward(self, x: HeadInput, dtype: torch.dtype | None = None) -> Tensor:
+    def forward(self, x: HeadInput, dtype: torch.dtype | None = None, shard: Shard | None = None) -> Tensor:
         """Inputs of T tokens -> fp32 [B, Hkv, T]; `dtype`: of fc1's product, default the weights'.
 
         fc1 of a concatenation is a sum of three products, so nothing is concatenated; and as projections are laid out
         [B, T, H, D] in memory, flattening them is a view. fc2 runs in fp32: bf16 scores tie, and ties evict at random.
+
+        Under tensor parallelism x and the scores are of this process's heads: fc1's columns of these, one sum over the
+        processes of [B T, d_R], and fc2's rows of these.
         """
+        shard = shard or Shard()
         batch, _, length, dim = x.q.shape
         weight = self.fc1.weight if dtype is None else self.fc1.weight.to(dtype)
         if self.input == "hidden":
             assert x.hidden is not None, "the context of this pass must ask for hidden states: wants_hidden"
             hidden = x.hidden.reshape(batch * length, -1).to(weight.dtype) @ weight.t()  # [B T, d_R]
         else:
-            wq, wk, wv = weight.split([part.shape[1] * dim for part in (x.q, x.k, x.v)], dim=1)
+            columns = weight.split([part.shape[1] * dim * shard.size for part in (x.q, x.k, x.v)], dim=1)
+            wq, wk, wv = (shard.part(part, 1) for part in columns)
             hidden = _rows(x.q, wq.dtype) @ wq.t()  # [B T, d_R]
             hidden = torch.addmm(hidden, _rows(x.k, wk.dtype), wk.t())
-            hidden = torch.addmm(hidden, _rows(x.v, wv.dtype), wv.t())
-        scores = self.act(hidden).float() @ self.fc2.weight.float().t()  # [B T, Hkv]
+            hidden = shard.sum(torch.addmm(hidden, _rows(x.v, wv.dtype), wv.t()))
+        scores = self.act(hidden).float() @ shard.part(self.fc2.weight, 0).float().t()  # [B T, Hkv]
         return scores.view(batch, length, -1).transpose(1, 2)
 
 
@@ -186,12 +190,14 @@ class RetainingHeads(nn.Module):
 
     Attributes:
         compute_dtype: of fc1's product; None is the weights' dtype. Training sets bfloat16 over fp32 weights on CUDA.
+        shard: under tensor parallelism inputs and scores are of these KV heads; weights are whole everywhere.
     """
 
     def __init__(self, config: HeadsConfig, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.config = config
         self.compute_dtype: torch.dtype | None = None
+        self.shard = Shard()
         self.layers = nn.ModuleList(RetainingHead(config) for _ in range(config.num_layers))
         for weight in self.parameters():
             nn.init.normal_(weight, std=INIT_STD, generator=generator)
@@ -202,7 +208,7 @@ class RetainingHeads(nn.Module):
         hidden: [B, T, E], what the layer's projections read; needed, and read, by heads with that input only. Inputs
         are cast to the weights' dtype: move the heads with `.to(device, dtype)` once.
         """
-        scores: Tensor = self.layers[layer](HeadInput(q, k, v, hidden), self.compute_dtype)
+        scores: Tensor = self.layers[layer](HeadInput(q, k, v, hidden), self.compute_dtype, self.shard)
         return scores
 
     @property
@@ -222,7 +228,11 @@ class RetainingHeads(nn.Module):
         return self
 
     def check(self, backbone: Backbone) -> None:
-        """Raise HeadsError unless these heads were made for `backbone`; the message names every field that differs."""
+        """Take over how `backbone` is split over processes, and make sure that these heads were made for it.
+
+        Raises: HeadsError: for another one; the message names every field that differs.
+        """
+        self.shard = backbone.shard
         seen = backbone.fingerprint()
         wanted = self.config.backbone or {name: getattr(self.config, name) for name in _SIZES}
         wrong = [f"{n}: {seen.get(n)!r}, wanted {w!r}" for n, w in wanted.items() if seen.get(n) != w]

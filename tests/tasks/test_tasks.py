@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
@@ -375,6 +376,19 @@ def test_a_corpus_is_split_by_document_and_cached(tmp_path, tokenizer):
     for text in texts:
         assert (text in kept) == is_heldout(text)
         assert (text in shown) != is_heldout(text)
+
+
+def test_documents_in_other_scripts_are_left_out(tmp_path, tokenizer):
+    """A Korean translation among the held-out documents: facts planted in it were not facts in English prose."""
+    texts = ["Plain text, naïve café and π. " * 5, "심의회가 내부적으로 결정할 수 있으며 " * 5, "Über den Wolken. " * 5]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts), encoding="utf-8")
+    found = ""
+    for split in ("train", "heldout"):
+        with contextlib.suppress(DataError):  # one of the two has no document
+            found += tokenizer.decode(np.asarray(CorpusFiller.from_folder(tmp_path, tokenizer, split).ids).tolist())
+    assert "naïve" in found
+    assert "Wolken" in found
+    assert "심의" not in found
 
 
 def test_breaks_are_ends_of_sentences(tokenizer, filler):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Option
 
+from locret.cli.loading import load_backbone
 from locret.cli.options import OutputOptions, with_options
 from locret.cli.output import emit, note, progress, say
 from locret.cli.session import quiet_transformers
@@ -18,11 +19,9 @@ from locret.config import toml_value
 from locret.errors import ConfigError, unknown
 
 if TYPE_CHECKING:
-    from locret.backbone import Backbone
     from locret.train import TrainProgress, TrainResult
 
-_RECIPE_KEYS = ("model", "data", "output", "device", "dtype", "quantize", "device_map")
-QUANTIZERS = ("bnb-4bit", "bnb-8bit", "torchao-int8", "torchao-int4")
+_RECIPE_KEYS = ("model", "data", "output", "device", "dtype", "quantize", "device_map", "parallel")
 
 
 @with_options
@@ -75,6 +74,10 @@ def train(
     device_map: Annotated[
         str | None, Option("--device-map", help="Spread the backbone over GPUs: auto, balanced, sequential.")
     ] = None,
+    parallel: Annotated[
+        str | None,
+        Option("--parallel", help="Processes of torchrun: data (a model each), tensor or fsdp (default: data)."),
+    ] = None,
 ) -> None:
     """Train retaining heads; stop it whenever you like, the same command goes on where it was."""
     given = {
@@ -84,7 +87,7 @@ def train(
     }  # fmt: skip
     flags = {
         "model": model, "data": data or None, "output": destination, "device": device, "dtype": dtype,
-        "quantize": quantize, "device_map": device_map,
+        "quantize": quantize, "device_map": device_map, "parallel": parallel,
     }  # fmt: skip
     named = _recipe(recipe) if recipe else {}
     run = {**named, **{name: value for name, value in flags.items() if value is not None}}
@@ -97,7 +100,8 @@ def train(
 
 def _train(run: dict[str, Any], recipe: Path | None, given: dict[str, Any], *, resume: bool, as_json: bool) -> None:
     from locret import train as trainer
-    from locret.train.distributed import Group, leave
+    from locret.parallel import leave
+    from locret.train.distributed import Group
 
     given = {name: value for name, value in given.items() if value is not None}
     config = trainer.TrainConfig.from_toml(recipe, **given) if recipe else trainer.TrainConfig.from_dict(given)
@@ -119,37 +123,6 @@ def _train(run: dict[str, Any], recipe: Path | None, given: dict[str, Any], *, r
             say(f"use them: locret generate{of_model} --heads {run['output']} --file report.txt --question ...")
     if not result.finished:
         raise typer.Exit(130)
-
-
-def load_backbone(run: dict[str, Any]) -> Backbone:
-    """`Backbone.load` for the keys model, device, dtype, quantize, device_map; under torchrun on this process's GPU."""
-    from locret.backbone import Backbone
-    from locret.train.distributed import local_device
-
-    options: dict[str, Any] = {}
-    if run.get("quantize") is not None:
-        options["quantization_config"] = _quantizer(run["quantize"])
-    if run.get("device_map") is not None:
-        options["device_map"] = run["device_map"]
-    device = run.get("device") or local_device() or "auto"
-    return Backbone.load(run.get("model"), device=device, dtype=run.get("dtype") or "auto", options=options)
-
-
-def _quantizer(name: str) -> Any:
-    import transformers
-
-    if name not in QUANTIZERS:
-        raise unknown("quantize", name, QUANTIZERS)
-    try:
-        if name.startswith("bnb"):
-            bits = {"bnb-4bit": {"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}}
-            return transformers.BitsAndBytesConfig(**bits.get(name, {"load_in_8bit": True}))
-        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
-
-        return transformers.TorchAoConfig(Int8WeightOnlyConfig() if name == "torchao-int8" else Int4WeightOnlyConfig())
-    except ImportError as error:
-        package = "bitsandbytes" if name.startswith("bnb") else "torchao"
-        raise ConfigError(f"--quantize {name} needs the package {package}: pip install {package}") from error
 
 
 def _recipe(path: Path) -> dict[str, Any]:

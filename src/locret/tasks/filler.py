@@ -23,6 +23,7 @@ from locret.tasks import prose
 from locret.tasks.encode import token_texts
 
 SPLITS = ("train", "heldout")
+FOREIGN_SHARE = 0.1  # letters outside the Latin script that a document may have
 HELDOUT_PERCENT = 3
 _ENDS = (".", "!", "?", '."', '!"', '?"', ".)", ".”", "!”", "?”", ".'", ".’")
 _NOT_ENDS = ("Mr", "Mrs", "Ms", "Dr", "St", "Prof", "vs", "etc", "No", "Vol", "pp", "cf", "e", "g", "i")
@@ -128,7 +129,7 @@ def _save(path: Path, ids: NDArray[Any]) -> None:
 def _cache_name(folder: Path, tokenizer: Any, split: str, limit_mb: float | None) -> str:
     files = [(path.name, path.stat().st_size) for path in _files(folder)]
     vocab = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-    key = json.dumps([str(folder.resolve()), files, vocab, limit_mb, HELDOUT_PERCENT])
+    key = json.dumps([str(folder.resolve()), files, vocab, limit_mb, HELDOUT_PERCENT, FOREIGN_SHARE])
     return f"{split}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
 
@@ -142,6 +143,15 @@ def is_heldout(text: str) -> bool:
     return int.from_bytes(digest[:4], "little") % 100 < HELDOUT_PERCENT
 
 
+def is_latin(text: str) -> bool:
+    """Whether nearly all of a document is in the Latin script, as the embedded model's vocabulary is.
+
+    Translations hide in English collections; in bytes a page of Korean is as long as ten of English.
+    """
+    foreign = sum(character > "\u024f" and character.isalpha() for character in text)
+    return foreign <= FOREIGN_SHARE * len(text)
+
+
 def _documents(folder: Path, split: str, limit_mb: float | None) -> Iterator[str]:
     left = float("inf") if limit_mb is None else limit_mb * 1e6
     for path in _files(folder):
@@ -149,7 +159,7 @@ def _documents(folder: Path, split: str, limit_mb: float | None) -> Iterator[str
             if left <= 0:
                 return
             left -= len(text)
-            if text.strip() and is_heldout(text) == (split == "heldout"):
+            if text.strip() and is_latin(text) and is_heldout(text) == (split == "heldout"):
                 yield text.strip()
 
 

@@ -176,7 +176,7 @@ _HEAD_TASKS = {
 
 def head_samples(
     tokenizer: Any, fillers: Fillers, *, count: int, length_range: tuple[int, int] = (1024, 8192), seed: int = 0,
-    max_questions: int = 1,
+    max_questions: int = 1, shape: str | None = None,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Training samples for retaining heads: a question at the end and its gold answer; log-uniform prompt lengths.
 
@@ -184,6 +184,7 @@ def head_samples(
     look useless, and SmoothL1, a median far from its target, learns just that. With `max_questions` above 1 the rest
     of a conversation about the document follows in `answer_ids`, so every fact that could be asked for counts.
 
+    `shape` None draws one_turn or two_turns for every sample; "question_first" is for heads that know the question.
     Never a fact of HELD_OUT_FAMILIES: these measure whether heads know what matters, or only what they were shown.
     Yields:  {"prompt_ids": list[int], "answer_ids": list[int] (closed by the end of turn), "answer": str, "task": str,
              "prompt": messages, "shape": str, "gold": spans in the document's ids}.
@@ -193,18 +194,19 @@ def head_samples(
         rng = random.Random(f"heads:{seed}:{number}")
         task = rng.choices(list(_HEAD_TASKS), list(_HEAD_TASKS.values()))[0]
         length = round(math.exp(rng.uniform(math.log(low), math.log(high))))
-        shape = "two_turns" if rng.random() < 0.5 else "one_turn"
-        sample = _head_sample(rng, task, length, shape, tokenizer, _filler(rng, fillers), number, max_questions)
+        drawn = "two_turns" if rng.random() < 0.5 else "one_turn"
+        form = shape or drawn
+        sample = _head_sample(rng, task, length, form, tokenizer, _filler(rng, fillers), number, max_questions)
         question = sample.questions[0]
-        prompt = sample.prompt_ids(tokenizer, 0, shape)
-        whole, _ = sample.training_ids(tokenizer, shape)
+        prompt = sample.prompt_ids(tokenizer, 0, form)
+        whole, _ = sample.training_ids(tokenizer, form)
         yield {
             "prompt_ids": prompt,
             "answer_ids": whole[len(prompt) :].tolist(),
             "answer": question.answer,
             "task": task,
-            "prompt": sample.messages(tokenizer, 0, shape),
-            "shape": shape,
+            "prompt": sample.messages(tokenizer, 0, form),
+            "shape": form,
             "gold": question.gold,
         }
 

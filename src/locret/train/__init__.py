@@ -14,10 +14,12 @@ authors, trained the same heads with 300), d_R is 256 (paper, table 16: as good)
 with the model's own chat template, every turn of the assistant is an answer, and there is a held-out split.
 
     run.py           the loop                           passes.py      a sample through the backbone, labels per layer
-    options.py       TrainConfig                        evicted.py     ... with eviction on
-    objectives.py    what a score is compared with      answers.py     the backbone's own answers
-    evaluation.py    overlap, retention                 checkpoint.py  what a stopped run leaves
-    distributed.py   several processes                  log.py, progress.py
+    options.py       TrainConfig                        packs.py       ... several short ones side by side
+    objectives.py    what a score is compared with      evicted.py     ... with eviction on
+    evaluation.py    overlap, retention                 recall.py      does the model still answer?
+    answers.py       the backbone's own answers         checkpoint.py  what a stopped run leaves
+    distributed.py   several processes                  surroundings.py  signals, precision
+    log.py, progress.py
 """
 
 from locret.train.checkpoint import CHECKPOINT_FILE

@@ -16,8 +16,8 @@ from locret.train.options import TrainConfig
 
 CHECKPOINT_FILE = "checkpoint.pt"
 _FREE_OPTIONS = (  # may change when a run goes on
-    "eval_every", "eval_budgets", "log_every", "log_to", "checkpoint_every", "max_dropped", "token_chunk",
-    "description",
+    "eval_every", "eval_budgets", "recall_budget", "log_every", "log_to", "checkpoint_every", "max_dropped",
+    "token_chunk", "pack_tokens", "description",
 )  # fmt: skip
 
 

@@ -1,12 +1,10 @@
 """Several processes, one run: what has to be agreed on, over torch.distributed.
 
-`torchrun` starts the processes and sets their environment; alone, every function here is the identity. Gradients go
-over NCCL where they lie on a GPU, everything else over gloo.
+Alone, every function here is the identity. Under tensor parallelism `share` processes work on one sample together.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,34 +13,38 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from locret.parallel import join
+
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Group:
-    """This process's place among `size` equal ones."""
+    """This process's place among `size` equal ones, `share` of which see the same samples."""
 
     rank: int = 0
     size: int = 1
+    share: int = 1
 
     @classmethod
-    def current(cls) -> Group:
+    def current(cls, share: int = 1) -> Group:
         """The group of `torchrun`, joined now if nobody did before; alone where there is none."""
-        if not dist.is_available():
-            return cls()
-        if not dist.is_initialized():
-            if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-                return cls()
-            device = local_device()
-            if device is not None:
-                torch.cuda.set_device(device)
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        return cls(dist.get_rank(), dist.get_world_size())
+        return cls(dist.get_rank(), dist.get_world_size(), share) if join() else cls()
 
     @property
     def is_main(self) -> bool:
         """The one that writes files."""
         return self.rank == 0
+
+    @property
+    def readers(self) -> int:
+        """How many samples are read at a time."""
+        return self.size // self.share
+
+    @property
+    def reader(self) -> int:
+        """Which of them is this process's."""
+        return self.rank // self.share
 
     def any(self, flag: bool) -> bool:
         """Whether any process says so."""
@@ -79,15 +81,3 @@ class Group:
         """Until all are here."""
         if self.size > 1:
             dist.barrier()
-
-
-def leave() -> None:
-    """At the end of a process that joined: NCCL complains about groups that are never left."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def local_device() -> str | None:
-    """The GPU that `torchrun` means for this process, "cuda:2"; None without it."""
-    rank = os.environ.get("LOCAL_RANK")
-    return None if rank is None or not torch.cuda.is_available() else f"cuda:{rank}"

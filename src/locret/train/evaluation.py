@@ -45,14 +45,20 @@ def evaluate(
     shape = (len(shares), heads.config.num_layers, heads.config.num_kv_heads)
     overlap, retention = torch.zeros(shape), torch.zeros(shape)  # fp32 on the CPU; layers may lie on many devices
     marked = torch.zeros(1)
-    for sample in samples[group.rank :: group.size]:
-        gold = _gold_mask(sample, run.max_length)
-        found = _measured(heads, run, sample, gold, shares)
+    here = heads.shard.part(torch.arange(shape[2]), 0)  # under tensor parallelism the others have the other heads
+    for start in range(0, len(samples), group.readers):
+        mine = start + group.reader
+        if mine >= len(samples):
+            if run.together:
+                run(samples[0], lambda layer, inputs, labels: None)  # the others need this process's weights
+            continue
+        gold = _gold_mask(samples[mine], run.max_length)
+        found = _measured(heads, run, samples[mine], gold, shares)
         for layer, (parts, kept) in found.items():  # here, and only here, the device is waited for
-            overlap[:, layer] += parts.cpu()
+            overlap[:, layer, here] += parts.cpu()
             if kept is not None:
-                retention[:, layer] += kept.cpu()
-        marked += gold is not None
+                retention[:, layer, here] += kept.cpu()
+        marked += (gold is not None) / group.share
     group.add([overlap, retention, marked])
     overlap /= len(samples)
     learned = list(run.layers)

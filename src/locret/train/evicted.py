@@ -44,12 +44,16 @@ class Learner(Locret):
         return self.learn(view.layer, HeadInput(view.q, view.k, view.v, view.hidden), view.start).detach()
 
 
+def as_budget(value: float) -> str | int:
+    """Units, or a share of the prompt below 1, as `CacheConfig` has them."""
+    return f"{100 * value:g}%" if value < 1 else int(value)
+
+
 def cache_config(config: TrainConfig) -> CacheConfig:
     """Inference's options for the run's `evict_*` options."""
-    budget = config.evict_budget
-    assert budget is not None
+    assert config.evict_budget is not None
     return CacheConfig(
-        budget=f"{100 * budget:g}%" if budget < 1 else int(budget),
+        budget=as_budget(config.evict_budget),
         chunk_size=config.evict_chunk,
         num_stabilizers=config.evict_stabilizers,
     )

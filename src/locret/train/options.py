@@ -49,8 +49,13 @@ class TrainConfig:
         truncate: ... or, as in the release, run whole, and only its first max_length prompt tokens are learned from.
         max_dropped: largest share of samples that may be unreadable; more is an error. Long ones do not count.
         bucketing: steps are made of samples of similar length (matters for several processes or samples a step).
+        pack_tokens: neighbours among a step's samples go through the backbone side by side, up to so many tokens a
+            pass: the same losses and gradients, in fewer passes. None: one sample a pass.
         eval_samples: held-out samples; None is 5 % of the data, at most 16.
         eval_budgets: shares of the prompt at which overlap (and the retention of gold spans) is measured.
+        recall_budget: at every evaluation also read the held-out prompts through a cache of this budget (units, or a
+            share of the prompt below 1) with the heads as they are, and see how much of the answers the model still
+            finds. None: no.
         eval_every, log_every, checkpoint_every: steps. The loss is read from the device every log_every steps.
         log_to: "tensorboard" and "wandb", beside log.jsonl.
         token_chunk: longer inputs go through MLPs and heads this many tokens at a time; None: 16,384.
@@ -83,8 +88,10 @@ class TrainConfig:
     truncate: bool = False
     max_dropped: float = 0.1
     bucketing: bool = False
+    pack_tokens: int | None = None
     eval_samples: int | None = None
     eval_budgets: tuple[float, ...] = (0.05, 0.1, 0.2)
+    recall_budget: float | None = None
     eval_every: int = 100
     log_every: int = 10
     checkpoint_every: int = 200
@@ -129,13 +136,19 @@ class TrainConfig:
     def _check_optional(self) -> None:
         if self.warmup_steps is not None:
             _check("warmup_steps", self.warmup_steps, int, lambda v: 0 <= v <= self.steps, f"0 to {self.steps} (steps)")
-        for name, low in (("eval_samples", 0), ("evict_chunk", 1), ("evict_stabilizers", 0), ("token_chunk", 1)):
+        for name, low in (("eval_samples", 0), ("evict_chunk", 1), ("evict_stabilizers", 0), ("token_chunk", 1),
+                          ("pack_tokens", 1)):  # fmt: skip
             if getattr(self, name) is not None:
                 at_least = [lambda v: v >= 0, lambda v: v >= 1][low]
                 _check(name, getattr(self, name), int, at_least, f"a whole number of at least {low}")
-        if self.evict_budget is not None:
-            good = "units (a whole number), or a share of the prompt above 0 and below 1"
-            _check("evict_budget", self.evict_budget, float, lambda v: 0 < v < 1 or (v >= 1 and v == int(v)), good)
+        for name in ("evict_budget", "recall_budget"):
+            if getattr(self, name) is not None:
+                good = "units (a whole number), or a share of the prompt above 0 and below 1"
+                _check(name, getattr(self, name), float, lambda v: 0 < v < 1 or (v >= 1 and v == int(v)), good)
+        if self.evict_budget is not None and self.pack_tokens is not None:
+            raise ConfigError(
+                "evict_budget reads samples one by one through the cache; leave out pack_tokens or evict_budget"
+            )
 
     @classmethod
     def from_dict(cls, options: dict[str, Any]) -> TrainConfig:

@@ -20,14 +20,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from locret.backbone import AttentionCall, Backbone, Rope
+from locret.backbone import AttentionCall, Backbone, LayerContext, Rope
 from locret.data import Sample
 from locret.errors import DataError
 from locret.heads import HeadInput, RetainingHeads
 from locret.kernels.attention import prefix_causal_attention
 from locret.labels import Span, attention_labels
+from locret.parallel import gathers_weights
 
 TOKEN_CHUNK = 16_384
+ROUND = 256  # on CUDA long inputs are made up to multiples of it: cuDNN makes a plan for every length it meets ...
+_LONG = 4  # ... from 4 x 256 tokens on; shorter ones go to FlashAttention, which makes none
 Visit = Callable[[int, HeadInput, Tensor], None]
 
 
@@ -73,15 +76,11 @@ class LabelContext:
         )
 
     def _rotate(self, layer: int, x: Tensor) -> Tensor:
-        length = x.shape[2]
-        positions = torch.arange(length, device=x.device)
-        if length <= self.token_chunk:
-            return self.rope.rotate(layer, x, positions)
+        if x.shape[2] <= self.token_chunk:
+            return self.rope.run(layer, x, 0)
         out = torch.empty_like(x)
-        for part, rows, at in zip(
-            *(y.split(self.token_chunk, 2) for y in (out, x)), positions.split(self.token_chunk), strict=True
-        ):
-            part.copy_(self.rope.rotate(layer, rows, at))
+        for number, (part, rows) in enumerate(zip(*(y.split(self.token_chunk, 2) for y in (out, x)), strict=True)):
+            self.rope.run(layer, rows, number * self.token_chunk, part)
         return out
 
 
@@ -92,6 +91,10 @@ class LabelPass:
         layers: those learned.
         label, wants_hidden, token_chunk: of the context.
         max_length: prompt tokens learned from.
+
+    Attributes:
+        round_to: inputs of at least 4 times that are made as long as the next multiple of it.
+        together: every process must run as many passes as the others: each holds a share of the weights.
     """
 
     def __init__(
@@ -100,26 +103,53 @@ class LabelPass:
     ) -> None:  # fmt: skip
         self.backbone, self.layers, self.label, self.wants_hidden = backbone, layers, label, wants_hidden
         self.max_length, self.token_chunk = max_length, token_chunk
+        self.together = gathers_weights(backbone.model)
+        self.round_to = ROUND if backbone.device.type == "cuda" else 1
         self._rope: tuple[tuple[int, int], Rope] | None = None
 
     @torch.no_grad()
     def __call__(self, sample: Sample, visit: Visit) -> None:
         """One forward pass. Raises: DataError: the sample does not fit in the device's memory."""
+        ids = self.ids(sample)
+        self.run(ids, self.context(sample, len(ids), visit, stop=self.stops), sample.name)
+
+    @property
+    def stops(self) -> bool:
+        """Whether a pass may end early: weights that are gathered must be given back at the end of a whole one."""
+        return not self.together
+
+    def context(self, sample: Sample, length: int, visit: Visit, *, stop: bool) -> LabelContext:
+        """For a row that begins with the sample's tokens and has `length` of them."""
         prompt_len = len(sample.prompt_ids)
-        ids = torch.tensor([sample.prompt_ids + sample.answer_ids])
+        return LabelContext(
+            self._rope_for(length, prompt_len), self.layers, sample.answers, min(prompt_len, self.max_length), visit,
+            label=self.label, wants_hidden=self.wants_hidden, token_chunk=self.token_chunk, stop=stop,
+        )  # fmt: skip
+
+    def ids(self, sample: Sample) -> list[int]:
+        """The sample's tokens, a long one's made up to a round length: nothing before them sees what is appended."""
+        ids = [*sample.prompt_ids, *sample.answer_ids]
+        return ids if len(ids) < _LONG * self.round_to else ids + [0] * (-len(ids) % self.round_to)
+
+    @torch.no_grad()
+    def run(self, tokens: list[int], context: LayerContext, name: str) -> None:
+        """One forward pass of a row of tokens. Raises: DataError: it does not fit in the device's memory."""
+        ids = torch.tensor([tokens])
         if self.backbone.device.type == "cuda":
             ids = ids.pin_memory()  # a copy from pageable memory would wait for the device
-        context = LabelContext(
-            self._rope_for(ids.shape[1], prompt_len), self.layers, sample.answers, min(prompt_len, self.max_length),
-            visit, label=self.label, wants_hidden=self.wants_hidden, token_chunk=self.token_chunk, stop=True,
-        )  # fmt: skip
+        whole = self.backbone.run if ids.shape[1] <= self.token_chunk and not self.together else self._run_modules
         try:
-            with tokens_in_pieces(self.backbone, self.token_chunk, ids.shape[1]), contextlib.suppress(Done):
-                self.backbone.run(ids.to(self.backbone.device, non_blocking=True), context, logits=0)
+            with contextlib.suppress(Done):
+                whole(ids.to(self.backbone.device, non_blocking=True), context, logits=0)
         except torch.OutOfMemoryError as error:
             raise DataError(
-                f"{sample.name}: {ids.shape[1]} tokens do not fit in the device's memory; lower max_length"
+                f"{name}: {ids.shape[1]} tokens do not fit in the device's memory; lower max_length"
             ) from error
+
+    def _run_modules(self, ids: Tensor, context: LayerContext, *, logits: int) -> None:
+        """Through transformers' modules, which can be given some of the tokens at a time."""
+        with tokens_in_pieces(self.backbone, self.token_chunk, ids.shape[1]):
+            self.backbone.run_modules(ids, context, logits=logits)
 
     def _rope_for(self, length: int, prompt_len: int) -> Rope:
         if self._rope is None or self._rope[0] != (length, prompt_len):
@@ -179,11 +209,9 @@ def _in_pieces(forward: Callable[..., Any], size: int) -> Callable[..., Any]:
 
 def _tokenwise_modules(backbone: Backbone) -> list[nn.Module]:
     """Children of the decoder layers, beside attention, that transformers calls with hidden states alone."""
-    attention = {id(module) for module in backbone.attention_modules}
-    parents = [m for m in backbone.model.modules() if any(id(child) in attention for child in m.children())]
     return [
         child
-        for parent in parents
+        for parent in backbone.decoder_layers
         for name, child in parent.named_children()
         if name in ("mlp", "feed_forward") or "norm" in name
     ]

@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +21,7 @@ from locret.data import DataReport, Order, Sample, Samples, check_samples, judge
 from locret.errors import ConfigError, DataError, HeadsError, NumericsError
 from locret.files import write_text
 from locret.heads import CONFIG_FILE, WEIGHTS_FILE, HeadInput, HeadsConfig, RetainingHeads
+from locret.parallel import gathers_weights
 from locret.train.answers import answered_by
 from locret.train.checkpoint import (
     CHECKPOINT_FILE,
@@ -38,8 +37,11 @@ from locret.train.evicted import Learner, cache_config, read_evicting
 from locret.train.log import LOG_FILE, Log, NoLog
 from locret.train.objectives import layer_loss, make_objective
 from locret.train.options import TrainConfig
+from locret.train.packs import Pieces, in_packs, length_of, run_pack
 from locret.train.passes import TOKEN_CHUNK, LabelPass, score_in_pieces
 from locret.train.progress import TrainProgress, TrainResult
+from locret.train.recall import check_recall, recall
+from locret.train.surroundings import eval_mode, stop_on_signals, tf32
 
 DATA_FILE, BEST_FOLDER = "data.json", "best"
 RISE = 5.0  # a sample whose loss is this many times the mean before it is reported
@@ -86,7 +88,7 @@ def train(
     else:
         samples = Samples(data, backbone.tokenizer, question_first=config.query_aware)
     run = Run(backbone, samples, Path(output), config, on_check=on_check)
-    with _stop_on_signals() as caught, _eval_mode(backbone.model), _tf32(backbone):
+    with stop_on_signals() as caught, eval_mode(backbone.model), tf32(backbone):
         return run.go(on_progress or (lambda progress: None), caught, resume)
 
 
@@ -108,23 +110,14 @@ class Run:
         on_check: Callable[[int, int], object] | None = None,
     ) -> None:  # fmt: skip
         self.backbone, self.samples, self.output, self.config = backbone, samples, output, config
-        self.group = Group.current()
-        if config.accumulate < self.group.size:
-            raise ConfigError(
-                f"accumulate is {config.accumulate}, but {self.group.size} processes each need a sample a step; set "
-                f"accumulate to {self.group.size} or a multiple (and steps to as many fewer)"
-            )
+        self.group = Group.current(backbone.shard.size)
+        self._check_processes()
         self.learned = [i for i, spec in enumerate(backbone.layers) if spec.window is None]
         if not self.learned:
             raise ConfigError(
                 "every layer of this backbone has a sliding window, so no layer has a budget to train for"
             )
-        devices = {backbone.layer_device(i) for i in range(backbone.num_layers)}
-        if len(devices) > 1 and (config.evict_budget is not None or config.answers == "model"):
-            raise ConfigError(
-                "evict_budget and answers 'model' read through the cache, which lies on one device, but the layers lie "
-                f"on {', '.join(sorted(map(str, devices)))}; load the model without a device_map, or leave them out"
-            )
+        self._check_cache()
         self.objective = make_objective(config.objective, top_share=config.top_share)
         self.report = self._checked(on_check)
         self.order = Order(
@@ -163,6 +156,8 @@ class Run:
             self.heads = RetainingHeads.from_pretrained(self.output)
             return self._result(None)
         held_out = [self._answered(self.samples[i]) for i in self.order.held_out]
+        if self.config.recall_budget is not None:
+            check_recall(held_out, self.config.recall_budget)
         started = time.perf_counter() - self.state.seconds
         self.window.start = time.perf_counter()
         stopping = self.group.any(bool(caught))
@@ -185,6 +180,36 @@ class Run:
             return self._finish()
 
     # ------------------------------------------------------------------ set-up
+
+    def _check_processes(self) -> None:
+        """Every process needs samples in each step; with shares of the weights, as many passes as the others."""
+        accumulate, readers = self.config.accumulate, self.group.readers
+        together = gathers_weights(self.backbone.model)
+        if accumulate < readers or (together and accumulate % readers):
+            need = "as many samples a step as the others" if together else "a sample a step"
+            raise ConfigError(
+                f"accumulate is {accumulate}, but {readers} processes each need {need}; set accumulate to {readers} or "
+                "a multiple (and steps to as many fewer)"
+            )
+        if together and self.config.pack_tokens is not None:
+            raise ConfigError(
+                "with pack_tokens a process runs as many passes as its samples need, but processes that hold shares of "
+                "the weights (FSDP) must run equally many; leave pack_tokens out"
+            )
+
+    def _check_cache(self) -> None:
+        """Options that read through the cache need a whole model in one place."""
+        config = self.config
+        if config.evict_budget is None and config.recall_budget is None and config.answers == "data":
+            return
+        devices = {self.backbone.layer_device(i) for i in range(self.backbone.num_layers)}
+        spread = f"on {', '.join(sorted(map(str, devices)))}" if len(devices) > 1 else ""
+        spread = "in shares on all processes" if gathers_weights(self.backbone.model) else spread
+        if spread:
+            raise ConfigError(
+                "evict_budget, recall_budget and answers 'model' read through the cache, which lies on one device, but "
+                f"the layers lie {spread}; load the model without device_map and FSDP, or leave them out"
+            )
 
     def _checked(self, on_check: Callable[[int, int], object] | None) -> DataReport:
         """The report on the data, of a check of the same data with the same options before or of one now."""
@@ -242,6 +267,7 @@ class Run:
                     nn.init.zeros_(weight)
         if self.backbone.device.type == "cuda" and self.backbone.dtype in (torch.bfloat16, torch.float16):
             heads.compute_dtype = self.backbone.dtype  # fp32 weights, 16-bit products
+        heads.shard = self.backbone.shard
         return heads.to_layers(self.backbone)
 
     def _start(self, resume: bool) -> None:
@@ -273,7 +299,7 @@ class Run:
 
     def _read(self, step: int) -> Iterator[Sample]:
         while True:
-            for place in range(self.group.rank, self.config.accumulate, self.group.size):
+            for place in range(self.group.reader, self.config.accumulate, self.group.readers):
                 yield self.samples[self.order[step * self.config.accumulate + place]]
             step += 1
 
@@ -287,11 +313,13 @@ class Run:
 
     def step(self, stream: Iterator[Sample]) -> None:
         """Learn from the samples of one step and move the weights."""
-        for _ in range(self.group.rank, self.config.accumulate, self.group.size):
-            sample = self._answered(next(stream))
-            self.window.names.append(sample.name)
-            self.window.losses.append(self.learn(sample))
-            self.window.tokens += len(sample.prompt_ids) + len(sample.answer_ids)
+        mine = (
+            self._answered(next(stream)) for _ in range(self.group.reader, self.config.accumulate, self.group.readers)
+        )
+        for pack in in_packs(mine, self.config.pack_tokens):
+            self.window.names += [sample.name for sample in pack]
+            self.window.losses += self.learn_pack(pack) if len(pack) > 1 else [self.learn(pack[0])]
+            self.window.tokens += sum(map(length_of, pack))
         self.group.add(p.grad for p in self.weights if p.grad is not None)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr_at(self.state.step)
@@ -312,10 +340,26 @@ class Run:
         def visit(layer: int, inputs: HeadInput, labels: Tensor) -> None:
             with torch.enable_grad():
                 scores = score_in_pieces(self.heads, layer, inputs, self.token_chunk)
-                losses.append(self._backward(scores, self.objective.targets(labels), 1.0))
+                losses.extend(self._backward([self._loss(scores, self.objective.targets(labels))]))
 
         self.label_pass(sample, visit)
         return losses
+
+    def learn_pack(self, samples: list[Sample]) -> list[Tensor]:
+        """`learn` for several samples at once: their losses, on the device."""
+        losses: list[list[Tensor]] = []
+
+        def visit(layer: int, inputs: HeadInput, pieces: Pieces) -> None:
+            with torch.enable_grad():
+                scores = score_in_pieces(self.heads, layer, inputs, self.token_chunk)
+                parts = [
+                    self._loss(scores[..., start : start + labels.shape[-1]], self.objective.targets(labels))
+                    for start, labels in pieces
+                ]
+                losses.append([loss.to(self.backbone.device) for loss in self._backward(parts)])
+
+        run_pack(self.label_pass, samples, visit)
+        return [torch.stack(each).sum() for each in zip(*losses, strict=True)]
 
     def _learn_evicting(self, sample: Sample) -> list[Tensor]:
         """Labels from full attention; then the prompt as inference reads it, each chunk weighing what it is long."""
@@ -329,18 +373,22 @@ class Run:
                 wanted = targets[layer][..., start : start + scores.shape[-1]]  # fewer, or none, past max_length
                 if wanted.shape[-1]:
                     share = wanted.shape[-1] / targets[layer].shape[-1]
-                    losses.append(self._backward(scores[..., : wanted.shape[-1]], wanted, share))
+                    losses.extend(self._backward([self._loss(scores[..., : wanted.shape[-1]], wanted, share)]))
             return scores
 
         read_evicting(self.backbone, Learner(self.heads, learn), cache_config(self.config), sample)
         return losses
 
-    def _backward(self, scores: Tensor, targets: Tensor, share: float) -> Tensor:
+    def _loss(self, scores: Tensor, targets: Tensor, share: float = 1.0) -> Tensor:
+        """One layer's part of a sample's loss; `share`: of the sample's tokens that these are."""
         loss = layer_loss(scores, targets, len(self.learned), self.config.smoothness, self.objective)
-        if share != 1.0:
-            loss = loss * share
-        (loss / self.config.accumulate).backward()
-        return loss.detach()
+        share /= self.heads.shard.size  # a mean over the heads of all processes
+        return loss if share == 1.0 else loss * share
+
+    def _backward(self, losses: list[Tensor]) -> list[Tensor]:
+        """Add to the layer's gradient what these samples say."""
+        (sum(losses[1:], losses[0]) / self.config.accumulate).backward()
+        return [loss.detach() for loss in losses]
 
     # ------------------------------------------------------------------ measuring
 
@@ -351,7 +399,7 @@ class Run:
         """Log the mean loss of the steps since the last time, and samples far above it."""
         names, losses = self._finite_losses()
         before, self.state.loss = self.state.loss, losses.mean().item()
-        tokens = sum(self.group.gather(self.window.tokens))
+        tokens = sum(self.group.gather(self.window.tokens)) // self.group.share
         self.tokens_per_second = tokens / max(time.perf_counter() - self.window.start, 1e-9)
         self.log.write(
             self.state.step,
@@ -380,8 +428,9 @@ class Run:
         """
         mine = torch.stack(self.window.losses).double().cpu() if self.window.losses else torch.zeros(0).double()
         parts = self.group.gather((self.window.names, mine))
-        names = [name for part, _ in parts for name in part]
-        losses = torch.cat([part for _, part in parts])
+        readers = [parts[i : i + self.group.share] for i in range(0, len(parts), self.group.share)]
+        names = [name for shares in readers for name in shares[0][0]]
+        losses = torch.cat([torch.stack([loss for _, loss in shares]).sum(0) for shares in readers])
         for name, loss in zip(names, losses.tolist()):
             if not math.isfinite(loss):
                 raise NumericsError(
@@ -397,6 +446,9 @@ class Run:
         rounded = [[round(x, 4) for x in row] for row in self.state.overlap_per_head]
         flat = {f"overlap_at_{share:g}": value for share, value in found.overlap_at.items()}
         flat |= {f"retention_at_{share:g}": value for share, value in found.retention_at.items()}
+        budget = self.config.recall_budget
+        if budget is not None:
+            flat[f"recall_at_{budget:g}"] = recall(self.backbone, self.heads, held_out, budget, self.group)
         self.log.write(self.state.step, overlap=found.overlap, **flat, overlap_per_head=rounded)
         if self.state.best is None or found.overlap > self.state.best:
             self.state.best = found.overlap
@@ -480,8 +532,8 @@ class Run:
             return
         self.heads.load_state_dict(content["heads"], strict=True)
         self.optimizer.load_state_dict(content["optimizer"])
-        if self.group.is_main:  # losses of steps that were not logged yet, of all processes
-            losses = list(content["losses"].to(self.backbone.device))
+        if self.group.reader == 0:  # losses of steps that were not logged yet, of all processes
+            losses = list(content["losses"].to(self.backbone.device) / self.group.share)
             self.window = _Window(content.get("names", ["a sample before the checkpoint"] * len(losses)), losses)
 
 
@@ -498,52 +550,3 @@ def _read_report(path: Path, key: dict[str, Any]) -> DataReport | None:
         return DataReport.from_dict(values) if values.pop("key") == key else None
     except (OSError, ValueError, KeyError, TypeError):
         return None  # not there, or cut by a kill: check again
-
-
-# ---------------------------------------------------------------------- surroundings
-
-
-@contextlib.contextmanager
-def _stop_on_signals() -> Iterator[list[str]]:
-    """The names of SIGINT and SIGTERM as they arrive; a second one raises KeyboardInterrupt."""
-    caught: list[str] = []
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield caught
-        return
-
-    def note(number: int, frame: object) -> None:
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(signal.Signals(number).name)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """No dropout in the backbone."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-@contextlib.contextmanager
-def _tf32(backbone: Backbone) -> Iterator[None]:
-    """Heads and labels are fp32; on CUDA with a 16-bit backbone TF32 holds its values exactly and is faster."""
-    if backbone.device.type != "cuda" or backbone.dtype not in (torch.bfloat16, torch.float16):
-        yield
-        return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
