@@ -29,7 +29,7 @@ def result_of(objectives, shares, parts=2, each=40):
     """Answers that are right with the given chance, by variant."""
     rng = random.Random(0)
     settings = dict(variants=[name for name in shares if name not in objectives.REFERENCES], seeds=3,
-                    tasks=["number", "kv"], budgets=["10%", "5%"])  # fmt: skip
+                    tasks=["number", "kv"], budgets=["10%", "5%"], part=each, steps=400)  # fmt: skip
     jobs = {}
     for name, share in shares.items():
         names = [objectives.cell_name(t, b, s) for t in settings["tasks"] for b in ("100%", "10%", "5%")
@@ -65,11 +65,26 @@ def test_the_interval_of_a_difference_holds_the_difference_and_knows_pairs(objec
 
 
 def test_parts_that_not_all_variants_have_are_left_out(objectives):
+    def table():
+        return objectives.tables(result)["objectives"].splitlines()
+
     result = result_of(objectives, {"full": 1.0, "shipped": 1.0, "paper": 1.0, "ranking": 1.0})
-    whole = objectives.tables(result)["objectives"]
+    whole = table()
+    assert whole[-1] == "3 seeds, 80 prompts a task, 400 steps."
     result["jobs"]["paper/2/1"] = {"right": {key: [0] * 40 for key in result["jobs"]["paper/2/1"]["right"]}}
-    assert objectives.tables(result)["objectives"] != whole
+    assert table() != whole
     del result["jobs"]["ranking/0/1"]
-    assert objectives.tables(result)["objectives"] == whole
+    assert table() == [*whole[:-1], "3 seeds, 40 prompts a task, 400 steps."]
     del result["jobs"]["ranking/0/0"]
+    assert not any("ranking" in line for line in table()[:-1])
+    assert table()[-1].endswith("Not measured: ranking.")
+
+
+def test_a_run_that_was_cut_off_shows_the_seeds_that_it_has(objectives):
+    result = result_of(objectives, {"full": 1.0, "shipped": 1.0, "paper": 1.0, "ranking": 1.0})
+    for part in range(2):
+        del result["jobs"][f"paper/2/{part}"]
+    assert objectives.tables(result)["objectives"].splitlines()[-1] == "2 seeds, 80 prompts a task, 400 steps."
+    for seed, part in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        del result["jobs"][f"paper/{seed}/{part}"]
     assert "no part" in objectives.tables(result)["objectives"]

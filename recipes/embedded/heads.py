@@ -1,4 +1,4 @@
-"""Train the embedded model's retaining heads: the paper's loss, on generated samples that hold two families out.
+"""Train the embedded model's retaining heads, on generated samples that hold two families out.
 
     python recipes/embedded/heads.py --text FOLDER --output src/locret/models/embedded/heads
 
@@ -54,6 +54,9 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs=2, default=(1024, 16384))
     parser.add_argument("--questions", type=int, default=16, help="questions about one document, at most")
     parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument(
+        "--objective", default="ranking", help="one of locret.train's; see docs/train.md for why this one"
+    )
     parser.add_argument("--init", default="", help="heads to go on from")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 2))
     args = parser.parse_args()
@@ -67,7 +70,7 @@ def main() -> None:
         samples = [sample for part in pool.map(make_part, jobs) for sample in part]
     print(f"{len(samples)} samples in {time.perf_counter() - began:.0f} s", flush=True)
     config = TrainConfig(
-        steps=args.steps, lr=args.lr, init=args.init, max_length=args.lengths[1], eval_every=max(500, args.steps // 4),
+        steps=args.steps, lr=args.lr, init=args.init, objective=args.objective, max_length=args.lengths[1], eval_every=max(500, args.steps // 4),
         log_every=50, checkpoint_every=1000,
         description="locret.tasks.mixture.head_samples without the families word and passkey",
     )  # fmt: skip
