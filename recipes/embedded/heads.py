@@ -70,7 +70,8 @@ def main() -> None:
         samples = [sample for part in pool.map(make_part, jobs) for sample in part]
     print(f"{len(samples)} samples in {time.perf_counter() - began:.0f} s", flush=True)
     config = TrainConfig(
-        steps=args.steps, lr=args.lr, init=args.init, objective=args.objective, max_length=args.lengths[1], eval_every=max(500, args.steps // 4),
+        steps=args.steps, lr=args.lr, init=args.init, objective=args.objective, max_length=args.lengths[1],
+        eval_every=max(500, args.steps // 4),
         log_every=50, checkpoint_every=1000,
         description="locret.tasks.mixture.head_samples without the families word and passkey",
     )  # fmt: skip
