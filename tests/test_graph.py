@@ -4,6 +4,9 @@ Here the step runs kernel by kernel (`capture=False`), so that everything but th
 tests marked gpu run the captured graph.
 """
 
+import gc
+import weakref
+
 import pytest
 import torch
 from conftest import build_tiny_model
@@ -128,6 +131,24 @@ def test_a_captured_graph_equals_ordinary_steps(name, dtype):
     compare(
         backbone, name, config, words(2, 97, "cuda"), 57, capture=True, rtol=1e-3 if dtype == torch.float32 else 3e-2
     )
+
+
+def test_a_reader_that_is_dropped_frees_its_cache_at_once():
+    """Gigabytes on a GPU must not wait for the garbage collector."""
+    backbone = Backbone(build_tiny_model("llama"))
+    config = CacheConfig(budget=40, chunk_size=16, num_stabilizers=4, local_window=4)
+    reader = Reader.start(backbone, method_of("locret", backbone), config, batch=1, prompt_len=10)
+    with torch.inference_mode():
+        reader.read(torch.arange(5, 15)[None])
+        reader._graph = StepGraph.of(reader, capture=False)
+        reader.step(torch.tensor([7]))
+    cache = weakref.ref(reader.cache)
+    gc.disable()
+    try:
+        del reader
+        assert cache() is None
+    finally:
+        gc.enable()
 
 
 # ---------------------------------------------------------------------- the decode loop

@@ -42,7 +42,14 @@ class StepGraph:
     """
 
     def __init__(self, reader: Reader, angles: list[Angles | None], *, capture: bool) -> None:
-        self._reader, self._angles, self._capture = reader, angles, capture
+        # not the reader itself, which holds this: a cycle would keep the cache's memory until the collector comes by
+        self._backbone, self._method, self._cache, self._rope = (
+            reader.backbone,
+            reader.method,
+            reader.cache,
+            reader.rope,
+        )
+        self._angles, self._capture = angles, capture
         backbone, cache = reader.backbone, reader.cache
         rows, heads, layers = cache.batch, backbone.num_kv_heads, backbone.num_layers
         device = backbone.device
@@ -82,7 +89,7 @@ class StepGraph:
 
     def room(self) -> bool:
         """Whether every slab takes one more unit without an eviction."""
-        return all(held.held < len(held.slab) for held in self._reader.cache.layers)
+        return all(held.held < len(held.slab) for held in self._cache.layers)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Read one token a row, [B]; returns logits [B, V]."""
@@ -96,9 +103,9 @@ class StepGraph:
         else:
             self._logits = self._forward()
         self._pending += 1
-        for held in self._reader.cache.layers:
+        for held in self._cache.layers:
             held.held += 1
-        self._reader.cache.seen += 1
+        self._cache.seen += 1
         assert self._logits is not None
         return self._logits.clone()  # the next replay writes over it
 
@@ -107,9 +114,9 @@ class StepGraph:
         assert self._pending, "a step that was flushed stays"
         self._pending -= 1
         self._stale = True
-        for held in self._reader.cache.layers:
+        for held in self._cache.layers:
             held.held -= 1
-        self._reader.cache.seen -= 1
+        self._cache.seen -= 1
 
     def flush(self) -> bool:
         """Write what the steps left out. Returns whether all scores are finite; waits for the device."""
@@ -117,32 +124,32 @@ class StepGraph:
         count, self._pending = self._pending, 0
         if not count:
             return True
-        reader, good = self._reader, torch.ones((), dtype=torch.bool, device=self._reader.backbone.device)
-        seen = reader.cache.seen
-        for layer, held in enumerate(reader.cache.layers):
+        good = torch.ones((), dtype=torch.bool, device=self._backbone.device)
+        seen = self._cache.seen
+        for layer, held in enumerate(self._cache.layers):
             units = held.slab[slice(held.held - count, held.held)].units()
             units.position.copy_(torch.arange(seen - count, seen, device=units.position.device))
             units.protected.fill_(False)
             units.state.zero_()
             units.score.zero_()
             if self._stash is not None:
-                call = reader.backbone.calls[layer]
+                call = self._backbone.calls[layer]
                 view = ChunkView(layer, self._stash[layer][:, :, :count], units.k, units.v, seen - count, call.scale)
-                units.score.copy_(reader.method.score(view))
+                units.score.copy_(self._method.score(view))
                 good &= finite(units.score).to(good.device)
         return bool(good)
 
     # ------------------------------------------------------------------ the step
 
     def _forward(self) -> Tensor:
-        logits = self._reader.backbone.run(self._tokens, self)
+        logits = self._backbone.run(self._tokens, self)
         self._counters.add_(1)
         assert logits is not None
         return logits[:, -1]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
         """The `LayerContext` of a step."""
-        slab = self._reader.cache.layers[layer].slab
+        slab = self._cache.layers[layer].slab
         assert isinstance(slab, Units)
         stash = None if self._stash is None else self._stash[layer]
         append(q, k, v, slab.k, slab.v, self._at[layer], stash, self._slot)
@@ -153,14 +160,14 @@ class StepGraph:
 
     def _refresh(self) -> None:
         """Counters from the cache; a new capture if slabs or tables lie elsewhere than the graph thinks."""
-        layers = self._reader.cache.layers
+        layers = self._cache.layers
         for index, held in enumerate(layers):
             self._at[index].fill_(held.held)
         self._stop.copy_(self._at + 1)
         self._slot.fill_(self._pending)
         self._stale = False
-        self._reader.rope.grow(max(len(held.slab) for held in layers) + 1)
-        self._angles = [self._reader.rope.angles(layer) for layer in range(len(layers))]
+        self._rope.grow(max(len(held.slab) for held in layers) + 1)
+        self._angles = [self._rope.angles(layer) for layer in range(len(layers))]
         tables = [angles.cos.data_ptr() for angles in self._angles if angles is not None]
         addresses = [*(held.slab.tensors()["k"].data_ptr() for held in layers), *tables]
         if self._capture and addresses != self._addresses:
