@@ -43,7 +43,9 @@ def evaluate(
     methods: Annotated[
         str | None,
         Option(
-            "--methods", help="As full,locret,snapkv:window=64; `locret methods` lists them.", rich_help_panel=_GRID
+            "--methods",
+            help="As full,locret,snapkv:window=64; see `locret methods`; also oracle_gold, oracle_cis, oracle_mass.",
+            rich_help_panel=_GRID,
         ),
     ] = None,
     budgets: Annotated[

@@ -61,7 +61,7 @@ def _study(study: Study, *, alone: bool) -> str:
         else "Query-agnostic: contexts were compressed before their questions were known."
     )
     parts = [f"<section>{'' if alone else f'<h2>{escape(study.title)}</h2>'}"
-             f"<p>{knows} All variants saw the same samples. Intervals are 95 %.</p>"]  # fmt: skip
+             f"<p>{knows} All variants saw the same samples. Intervals are 95 %. {escape(study.note)}</p>"]  # fmt: skip
     parts.append(_pareto(study))
     parts += [_leaderboard(study, length) for length in study.lengths]
     parts += [_curves(study), _matrix(study), _depths(study), _retention(study), _tasks(study)]
