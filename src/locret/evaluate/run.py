@@ -343,6 +343,10 @@ class _Runner:
         depths = record.meta.get("depths", [])
         if len(depths) == 1:
             line["depth"] = depths[0]
+        if self.source.corpus_score(record.metric, [""], [record.answers]) is not None:
+            line["metric"], line["answers"] = record.metric, [list(ask.answers) for ask in prompt.asks]
+        if isinstance(record.meta.get("words"), int):
+            line["words"] = record.meta["words"]
         facts = self.source.facts(record.task)
         unknowing = method.evicts and not isinstance(method, Oracle) and not self.grid.query_aware
         if facts.dense and facts.ceiling is not None and unknowing:
