@@ -4,9 +4,10 @@
     python benchmarks/kvpress_eval.py RUN --peer FOLDER/bin/python    (kvpress 0.5.5 needs transformers < 5.3)
 
 Takes the finished run's grid, writes its samples in kvpress's schema (`locret eval --export-kvpress`), has them
-answered there by kvpress's own pipeline (one shot: the context in one piece, compressed once, then the question; a row a
-question, resumable in RUN/kvpress.jsonl), and scores the answers here. Any model that both read: the grid names it.
-Bytes are those of the cache when the context has been read. Writes results/kvpress-eval.json and docs/evaluate.md's table.
+answered there by kvpress's own pipeline (one shot: the context in one piece, compressed once, then the question; a row
+a question, resumable in RUN/kvpress.jsonl), and scores the answers here. Any model that both read: the grid names it.
+Bytes are those of the cache when the context has been read. Writes results/kvpress-eval.json and the table in
+docs/evaluate.md.
 """
 
 from __future__ import annotations

@@ -83,3 +83,34 @@ def test_numbers_of_a_whole_set_stand_beside_the_mean(backbone: Backbone, tmp_pa
     assert "by_words" not in leval
     assert "corpus" not in longbench
     assert set(longbench["by_words"]) == {"0-4k", "8k+"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (None, r"no such file or folder; get .*InfiniteBench"),
+        ('{"id": 0, "context": ', r"math_find\.jsonl:1: not JSON"),
+        (
+            '{"id": 0, "context": "1 2", "input": "The largest number of", "answer": []}',
+            r"math_find\.jsonl:1: .*no answer",
+        ),
+        (
+            '{"id": 0, "context": "1 2", "input": "The largest number of", "answer": ["two"]}',
+            r"'infinitebench_math_find' compares num",
+        ),
+        ('{"id": 0, "context": "1 2", "input": "Which?"}', r"math_find\.jsonl:1: a row of infinitebench has a field"),
+    ],
+    ids=["missing", "broken", "no answer", "another metric's answer", "no field"],
+)
+def test_bad_public_files_cost_no_time(
+    backbone: Backbone, tmp_path: Path, line: str | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Backbone, "run", lambda *args, **kwargs: pytest.fail("computed something"))
+    path = tmp_path / "math_find.jsonl"
+    if line is not None:
+        path.write_text(line + "\n")
+    name = "infinitebench/math_find"
+    given = grid(tasks=[name, "passkey"], lengths=[1600], public={name: {"path": str(path)}})
+    with pytest.raises(DataError, match=message):
+        run(given, backbone, SuiteSource(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
