@@ -78,8 +78,7 @@ def cells(rows: list[Line], answers: list[Line], results: Line) -> list[Line]:
     from locret.tasks import metrics
 
     found: dict[tuple[str, str], list[Line]] = defaultdict(list)
-    for line in answers:
-        number, press = line["key"]
+    for (number, press), line in {tuple(line["key"]): line for line in answers}.items():  # each once
         row = rows[number]
         found[row["task"], press].append({**line, "score": metrics.score(row["metric"], line["prediction"],
                                                                          row["answers"]), "row": row})  # fmt: skip
@@ -105,8 +104,8 @@ def table(made: list[Line]) -> str:
     for side, name in dict.fromkeys((cell["side"], cell["name"]) for cell in made):
         mine = {cell["task"]: cell for cell in made if (cell["side"], cell["name"]) == (side, name)}
         label = f"`{name}`" if side == "locret" else f"kvpress, {'no press' if name == 'none' else name}"
-        counts = {cell["n"] for cell in mine.values()}
-        label += "" if counts == {max(cell["n"] for cell in made)} else f" (n {min(counts)} to {max(counts)})"
+        fewest = min(cell["n"] for cell in mine.values())
+        label += f" (n from {fewest})" if fewest < max(cell["n"] for cell in made) else ""
         shown = " | ".join(f"{mine[task]['score']:.0f} [{mine[task]['interval'][0]:.0f}, "
                            f"{mine[task]['interval'][1]:.0f}]" if task in mine else "" for task in tasks)  # fmt: skip
         units, size = (sum(cell[what] for cell in mine.values()) / len(mine) for what in ("units", "bytes"))
