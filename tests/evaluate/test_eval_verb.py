@@ -141,6 +141,24 @@ def test_samples_are_prepared_by_processes(
     assert "--sample-files DIR" in err
 
 
+def test_samples_are_exported_for_kvpress(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The texts of the run, a row a question, named as in our results."""
+    assert call(capsys, *flags, "--output", tmp_path / "a")[0] == 0
+    code, out, _ = call(capsys, *flags, "--export-kvpress", tmp_path / "rows.jsonl")
+    assert code == 0
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert f"{len(rows)} rows" in out
+    names = {f"{row['seed']}/{row['index']}/{row['sample']}" for row in rows}
+    assert names == {name for cell in load_results(tmp_path / "a")["cells"] for name in cell["samples"]}
+    assert len(rows) == 3 + 3 * 3, "further turns are rows of the same context"
+    assert {"context", "question", "answer_prefix", "answers", "max_new_tokens", "task"} < rows[0].keys()
+    (tmp_path / "cut.toml").write_text('tasks = ["key"]\nmax_context = 100\n')
+    model = ["--model", flags[flags.index("--model") + 1]]
+    code, _, err = call(capsys, "eval", tmp_path / "cut.toml", *model, "--export-kvpress", tmp_path / "cut.jsonl")
+    assert code == 2
+    assert "max_context cuts contexts by tokens" in err
+
+
 def test_flags_go_over_a_file(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "g.toml").write_text('tasks = ["turns"]\nmethods = ["recency"]\nbudgets = [48]\nsamples = 9\n')
     model = flags[flags.index("--model") + 1]

@@ -13,6 +13,8 @@ from locret.backbone import Backbone
 from locret.errors import ConfigError, DataError
 from locret.evaluate.run import run
 from locret.evaluate.suite import SuiteSource
+from locret.evaluate.summary import summarise
+from locret.tasks.metrics import corpus_score
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +57,60 @@ def test_public_files_run_as_they_are(backbone: Backbone, tmp_path: Path) -> Non
         file.write("{broken\n")
     with pytest.raises(DataError, match=r"passkey\.jsonl.*3"):
         run(given, backbone, SuiteSource(), tmp_path / "again")
+
+
+def test_numbers_of_a_whole_set_stand_beside_the_mean(backbone: Backbone, tmp_path: Path) -> None:
+    """L-Eval's ROUGE is made of the set's three means; LongBench also counts by words."""
+    rows = [{"input": "Bees live in hives. " * 10, "instructions": ["Summarise."], "outputs": [text], "source": "x",
+             "evaluation": "rouge"} for text in ("abc de", "hives and bees")]  # fmt: skip
+    (tmp_path / "news_summ.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    long = [{"input": "Who?", "context": "Ann came. " * 20, "answers": ["Ann"], "length": words, "dataset": "qasper",
+             "language": "en", "all_classes": None, "_id": str(words)} for words in (3000, 9000)]  # fmt: skip
+    (tmp_path / "qasper.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long))
+    given = grid(
+        tasks=["leval/news_summ", "longbench/qasper"], methods=["recency"], samples=2, budgets=[200], max_context=400,
+        public={"leval/news_summ": {"path": str(tmp_path / "news_summ.jsonl")},
+                "longbench/qasper": {"path": str(tmp_path / "qasper.jsonl")}},
+    )  # fmt: skip
+    source = SuiteSource()
+    found = run(given, backbone, source, tmp_path / "out")
+    for line in found.ordered():  # the tiny model says nothing that scores
+        line["turns"][0]["prediction"] = ["abc xy zz", "bees hives and"][line["index"]]
+    leval, longbench = summarise(given, backbone, source, found.ordered())["cells"]
+    expected = corpus_score("leval_rouge", ["abc xy zz", "bees hives and"], [["abc de"], ["hives and bees"]])
+    assert leval["corpus"] == pytest.approx(expected, abs=1e-3)
+    assert leval["corpus"] > 0
+    assert "by_words" not in leval
+    assert "corpus" not in longbench
+    assert set(longbench["by_words"]) == {"0-4k", "8k+"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (None, r"no such file or folder; get .*InfiniteBench"),
+        ('{"id": 0, "context": ', r"math_find\.jsonl:1: not JSON"),
+        (
+            '{"id": 0, "context": "1 2", "input": "The largest number of", "answer": []}',
+            r"math_find\.jsonl:1: .*no answer",
+        ),
+        (
+            '{"id": 0, "context": "1 2", "input": "The largest number of", "answer": ["two"]}',
+            r"'infinitebench_math_find' compares num",
+        ),
+        ('{"id": 0, "context": "1 2", "input": "Which?"}', r"math_find\.jsonl:1: a row of infinitebench has a field"),
+    ],
+    ids=["missing", "broken", "no answer", "another metric's answer", "no field"],
+)
+def test_bad_public_files_cost_no_time(
+    backbone: Backbone, tmp_path: Path, line: str | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Backbone, "run", lambda *args, **kwargs: pytest.fail("computed something"))
+    path = tmp_path / "math_find.jsonl"
+    if line is not None:
+        path.write_text(line + "\n")
+    name = "infinitebench/math_find"
+    given = grid(tasks=[name, "passkey"], lengths=[1600], public={name: {"path": str(path)}})
+    with pytest.raises(DataError, match=message):
+        run(given, backbone, SuiteSource(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,17 @@ def test_several_runs_of_one_kind_are_one_study(folder: Path, tmp_path: Path) ->
     assert {(c["length"], c["n"]) for c in study.cells} == {(4096, 30), (16384, 20)}
 
 
+def test_rows_that_know_the_answers_are_said_to(folder: Path, tmp_path: Path) -> None:
+    results = json.loads((folder / "results.json").read_text())
+    assert "references" not in (folder / "report.html").read_text()
+    for cell in results["cells"]:
+        cell["method"] = cell["method"].replace("recency", "oracle_gold")
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    note = "Not methods but references: oracle_gold (the units of the gold facts, then the newest). They know"
+    assert note in write_report([tmp_path], tmp_path).read_text()
+    assert note in (tmp_path / "report.md").read_text()
+
+
 def test_names() -> None:
     assert [column_text(("full", None)), column_text(("snapkv", 512))] == ["full", "snapkv 512"]
     assert [length_text(n) for n in (0, 4096, 5000)] == ["as it is", "4K", "5,000"]
@@ -182,7 +194,8 @@ const colour = () => getComputedStyle(document.body).backgroundColor;
 out.before = colour(); document.getElementById("theme").click(); out.after = colour();
 const small = [...document.querySelectorAll("td, p, figcaption")].map((e) => parseFloat(getComputedStyle(e).fontSize));
 out.smallest = Math.min(...small);
-document.body.innerHTML = "<pre id=out></pre>"; document.getElementById("out").textContent = JSON.stringify(out);
+const found = parent.document.createElement("pre");
+found.id = "out"; found.textContent = JSON.stringify(out); parent.document.body.prepend(found);
 </script>
 """
 
@@ -193,11 +206,15 @@ def browse(folder: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
         pytest.skip("no Chromium on this machine")
 
     def run(width: int) -> dict[str, Any]:
+        """In a frame: a window of Chromium's is never narrower than 500 pixels, which no phone is wide."""
         page = tmp_path / "page.html"
-        page.write_text((folder / "report.html").read_text().replace("</body>", SCRIPT + "</body>"))
+        inner = (folder / "report.html").read_text().replace("</body>", SCRIPT + "</body>")
+        page.write_text(
+            f'<!doctype html><iframe width="{width}" height="800" frameborder="0" srcdoc="{escape(inner)}">'
+        )
         done = subprocess.run(
             [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom",
-             f"--user-data-dir={tmp_path}/profile", f"--window-size={width},800", page.as_uri()],
+             f"--user-data-dir={tmp_path}/profile", "--window-size=1300,900", page.as_uri()],
             capture_output=True, text=True, timeout=120, check=True,
         )  # fmt: skip
         found = re.search(r'<pre id="out">(.*?)</pre>', done.stdout, re.DOTALL)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from locret.backbone import Backbone
     from locret.evaluate.compare import Comparison
     from locret.evaluate.grid import Grid
+    from locret.evaluate.samples import Samples
     from locret.evaluate.source import Source
     from locret.evaluate.summary import Results
     from locret.heads import RetainingHeads
@@ -43,7 +44,9 @@ def evaluate(
     methods: Annotated[
         str | None,
         Option(
-            "--methods", help="As full,locret,snapkv:window=64; `locret methods` lists them.", rich_help_panel=_GRID
+            "--methods",
+            help="As full,locret,snapkv:window=64; see `locret methods`; also oracle_gold, oracle_cis, oracle_mass.",
+            rich_help_panel=_GRID,
         ),
     ] = None,
     budgets: Annotated[
@@ -95,6 +98,10 @@ def evaluate(
     prepare: Annotated[
         int | None, Option("--prepare", help="Only make the files of --sample-files, with so many processes.")
     ] = None,
+    export_kvpress: Annotated[
+        Path | None,
+        Option("--export-kvpress", help="Only write the grid's samples to this .jsonl, in kvpress's schema."),
+    ] = None,
     stop_after: Annotated[
         float | None,
         Option(
@@ -126,6 +133,9 @@ def evaluate(
     given = {name: value for name, value in flags.items() if value is not None}
     if prepare is not None:
         _prepare(_grid(grid, given), sample_files, prepare)
+        return
+    if export_kvpress is not None:
+        _export(_grid(grid, given), export_kvpress)
         return
     if destination is None:
         raise ConfigError("nowhere to write to; add --output DIR")
@@ -169,22 +179,35 @@ class _Place:
 
 
 def _prepare(grid: Grid, folder: Path | None, workers: int) -> None:
+    from locret.evaluate.samples import prepare
+
+    if folder is None or workers < 1:
+        raise ConfigError("--prepare N wants N >= 1 processes, and --sample-files DIR to write to")
+    samples = _samples(grid, folder)
+    with progress("writing samples", unit="files") as report:
+        prepare(samples, workers, report)
+    say(f"samples: {folder}")
+
+
+def _export(grid: Grid, path: Path) -> None:
+    from locret.evaluate.exchange import export_grid
+
+    say(f"{export_grid(_samples(grid, None), path)} rows: {path}")
+
+
+def _samples(grid: Grid, folder: Path | None) -> Samples:
+    """The samples of a grid, without its model."""
     from transformers import AutoTokenizer
 
     from locret.backbone import EMBEDDED
     from locret.evaluate.run import check
-    from locret.evaluate.samples import Samples, prepare
+    from locret.evaluate.samples import Samples
 
-    if folder is None or workers < 1:
-        raise ConfigError("--prepare N wants N >= 1 processes, and --sample-files DIR to write to")
     source = suite_source()
     grid = grid.expanded(source.groups())
     check(grid, source)
     quiet_transformers()
-    tokenizer = AutoTokenizer.from_pretrained(grid.model or EMBEDDED)
-    with progress("writing samples", unit="files") as report:
-        prepare(Samples(grid, source, tokenizer, folder), workers, report)
-    say(f"samples: {folder}")
+    return Samples(grid, source, AutoTokenizer.from_pretrained(grid.model or EMBEDDED), folder)
 
 
 def _run(

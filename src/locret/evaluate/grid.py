@@ -11,6 +11,7 @@ from typing import Any
 
 from locret.config import CacheConfig, parse_budget, strict, toml_value
 from locret.errors import ConfigError, unknown
+from locret.evaluate.oracle import REFERENCES
 from locret.methods import list_methods
 
 MODES = ("hardened", "official")
@@ -76,7 +77,8 @@ class Grid:
     Attributes:
         tasks: names of generated tasks or groups of them ("ruler"), or keys of `public`.
         methods: see `locret methods`; options after colons, "snapkv:window=64". "full" keeps everything, so it has
-            no budget and is run once; it is also what the continuous measures compare with.
+            no budget and is run once; it is also what the continuous measures compare with. "oracle_gold",
+            "oracle_cis" and "oracle_mass" are rows that know what will be asked (`oracle`).
         budgets: as in `CacheConfig`: units, bytes, or a share of the context (of the prompt if `query_aware`).
         lengths: tokens of a generated sample; samples of public sets are as long as they are.
         seeds: each gives `samples` samples of a task and length.
@@ -264,7 +266,7 @@ def _full_first(variants: Iterable[Variant]) -> tuple[Variant, ...]:
 
 
 def _check_axes(axes: Mapping[str, Any]) -> None:
-    names = [info.name for info in list_methods()]
+    names = [*(info.name for info in list_methods()), *REFERENCES]
     for key in ("tasks", "methods", "budgets", "lengths", "seeds"):
         values = axes[key]
         if isinstance(values, (str, int)) or not values:
@@ -272,9 +274,11 @@ def _check_axes(axes: Mapping[str, Any]) -> None:
         if len(set(values)) != len(values):
             raise ConfigError(f"{key} names something twice: {list(values)}")
     for method in axes["methods"]:
-        name, _ = parse_method(method)
+        name, options = parse_method(method)
         if name not in names:
             raise unknown("method", name, names)
+        if name in REFERENCES and options:
+            raise ConfigError(f"{name} is a reference row and has no options; write {name!r} instead of {method!r}")
     for budget in axes["budgets"]:
         parse_budget(budget)
     for length in axes["lengths"]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from locret.config import Sampling
 from locret.engine import LLM
+from locret.evaluate.oracle import informed
 from locret.evaluate.prompts import Prompt
 from locret.evaluate.session import Answer, Session
 
@@ -34,7 +35,7 @@ class Read:
 
 def agnostic(llm: LLM, prompts: list[Prompt], sampling: Sampling, *, answer: bool, conversation: bool) -> list[Read]:
     """Args: prompts: contexts of one length;  answer: False: only the logits;  conversation: see `Grid.turns`."""
-    session = Session.compress(llm, [prompt.context for prompt in prompts])
+    session = Session.compress(informed(llm, prompts), [prompt.context for prompt in prompts])
     kept = _kept(session, prompts)
     answers: list[list[Answer]] = [[] for _ in prompts]
     logits: list[list[Tensor]] = [[] for _ in prompts]
@@ -75,7 +76,7 @@ def aware(llm: LLM, prompts: list[Prompt], sampling: Sampling, *, answer: bool) 
             np.concatenate((prompt.context, np.array(ask.first, dtype=np.int32)))
             for prompt, ask in zip(prompts, asks, strict=True)
         ]
-        session = Session.read(llm, texts, sampling)
+        session = Session.read(informed(llm, prompts, turn), texts, sampling)
         if not turn:
             kept = _kept(session, prompts)
             reads = [

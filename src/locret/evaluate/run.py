@@ -26,6 +26,7 @@ from locret.errors import ConfigError, DataError, NumericsError
 from locret.evaluate.grid import AS_IT_IS, Block, Grid, Stage, Variant, parse_method
 from locret.evaluate.machine import leave_note
 from locret.evaluate.measures import distances
+from locret.evaluate.oracle import REFERENCES, Oracle, OracleGold, informed, reads_whole
 from locret.evaluate.prompts import Prompt, name_of
 from locret.evaluate.reads import Read, agnostic, aware
 from locret.evaluate.samples import Samples
@@ -33,6 +34,7 @@ from locret.evaluate.session import Session
 from locret.evaluate.source import Source
 from locret.evaluate.store import Journal, Key, Line, claim, key_of, read_journals
 from locret.heads import RetainingHeads
+from locret.methods import Method
 from locret.tasks.records import Record
 
 Progress = Callable[[int, int], object]
@@ -131,9 +133,12 @@ class _Runner:
             name, options = parse_method(variant.method)
             budget = {} if variant.budget is None else {"budget": variant.budget}
             config = CacheConfig.from_dict({**self.grid.cache, **budget})
-            self._llms[key] = LLM.build(
-                self.backbone, heads=self._heads, method=name, method_options=options, config=config
-            )
+            if name in REFERENCES:
+                self._llms[key] = LLM(self.backbone, REFERENCES[name](), config)
+            else:
+                self._llms[key] = LLM.build(
+                    self.backbone, heads=self._heads, method=name, method_options=options, config=config
+                )
         return self._llms[key]
 
     def check_budgets(self) -> None:
@@ -142,9 +147,9 @@ class _Runner:
         for block in self.grid.blocks():
             for variant in block.variants:
                 llm = self.llm(variant)
-                if not llm.method.evicts and block.length > longest:
+                if reads_whole(llm.method) and block.length > longest:
                     raise ConfigError(
-                        f"method {variant.method!r} keeps everything, and length {block.length} is more than the "
+                        f"method {variant.method!r} {_why_whole(llm)}, and length {block.length} is more than the "
                         f"{longest} tokens that this model reads; leave the length out, or give that length a "
                         "[[part]] without this method"
                     )
@@ -170,17 +175,24 @@ class _Runner:
                         f"{name_of(record)} has no question apart from its context, so nothing about it is "
                         "query-agnostic; set query_aware = true (--query-aware)"
                     )
+                spans = [*record.spans, *(span for turn in record.turns for span in turn.spans)]
+                if public and not spans and any(variant.name == OracleGold.name for variant in block.variants):
+                    raise ConfigError(
+                        f"{name_of(record)} does not say where its gold facts lie, so there is no {OracleGold.name}; "
+                        "give that task a [[part]] without it"
+                    )
 
     def check_fits(self, block: Block, prompts: Sequence[Prompt]) -> None:
         """What keeps everything can read the longest sample."""
         longest = model_length(self.backbone.model)
-        keeps = [variant.method for variant in block.variants if not self.llm(variant).method.evicts]
+        whole = [variant for variant in block.variants if reads_whole(self.llm(variant).method)]
         for prompt in prompts:
             need = len(prompt.context) + max(len(ask.first) for ask in prompt.asks) + prompt.record.max_new_tokens
-            if keeps and need > longest:
+            if whole and need > longest:
                 raise ConfigError(
                     f"{name_of(prompt.record)} takes {need} tokens with its question and answer, and method "
-                    f"{keeps[0]!r} keeps everything; this model reads {longest}. Set max_context, or leave out that "
+                    f"{whole[0].method!r} {_why_whole(self.llm(whole[0]))}; this model reads {longest}. Set "
+                    "max_context, or leave out that "
                     "method for this task"
                 )
 
@@ -289,7 +301,7 @@ class _Runner:
         full = references or (own if not llm.method.evicts else [])
         measured = self._measured(prompts, own, full)
         return [
-            (self._line(prompt, read, turns, tail, evicts=llm.method.evicts), one)
+            (self._line(prompt, read, turns, tail, llm.method), one)
             for prompt, read, (turns, tail), one in zip(prompts, reads, measured, own, strict=True)
         ]
 
@@ -313,7 +325,7 @@ class _Runner:
         stop = self.source.facts(record.task).stop
         return Sampling(max_new_tokens=record.max_new_tokens, stop=(stop,) if stop else ())
 
-    def _line(self, prompt: Prompt, read: Read, measured: list[Line], tail: Line | None, *, evicts: bool) -> Line:
+    def _line(self, prompt: Prompt, read: Read, measured: list[Line], tail: Line | None, method: Method) -> Line:
         record = prompt.record
         scores = [
             self.source.score(record.metric, given.text, ask.answers)
@@ -331,8 +343,13 @@ class _Runner:
         depths = record.meta.get("depths", [])
         if len(depths) == 1:
             line["depth"] = depths[0]
+        if self.source.corpus_score(record.metric, [""], [record.answers]) is not None:
+            line["metric"], line["answers"] = record.metric, [list(ask.answers) for ask in prompt.asks]
+        if isinstance(record.meta.get("words"), int):
+            line["words"] = record.meta["words"]
         facts = self.source.facts(record.task)
-        if facts.dense and facts.ceiling is not None and evicts and not self.grid.query_aware:
+        unknowing = method.evicts and not isinstance(method, Oracle) and not self.grid.query_aware
+        if facts.dense and facts.ceiling is not None and unknowing:
             line["ceiling"] = _short(facts.ceiling(record, read.units))
         if prompt.gold:
             line["gold"] = len(prompt.gold)
@@ -351,7 +368,7 @@ class _Runner:
         tail = self.grid.tail_tokens
         if not tail or len(prompts[0].context) < 2 * tail:
             return [None] * len(prompts)
-        session = Session.compress(llm, [prompt.context[:-tail] for prompt in prompts])
+        session = Session.compress(informed(llm, prompts), [prompt.context[:-tail] for prompt in prompts])
         return [*session.follow([[] for _ in prompts], [prompt.context[-tail:].tolist() for prompt in prompts])]
 
 
@@ -366,6 +383,10 @@ def _known(tensors: Iterable[Tensor | None]) -> list[Tensor]:
 
 def _short(value: float) -> float:
     return round(float(value), 6)
+
+
+def _why_whole(llm: LLM) -> str:
+    return "looks at all of it at once" if llm.method.evicts else "keeps everything"
 
 
 def _trouble(block: Block, variant: Variant, error: Exception) -> str:

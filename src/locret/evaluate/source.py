@@ -46,7 +46,10 @@ class Request:
 
 
 class Source(Protocol):
-    """Tasks by name. `records` gives the same samples for the same request; `check` raises what `score` would."""
+    """Tasks by name. `records` gives the same samples for the same request; `check` raises what `score` would.
+
+    `corpus_score` is a benchmark's number for a whole set; None where that is the mean over samples.
+    """
 
     def tasks(self) -> Sequence[str]: ...
 
@@ -59,6 +62,10 @@ class Source(Protocol):
     def records(self, request: Request) -> Iterable[Record]: ...
 
     def score(self, metric: str, prediction: str, answers: Sequence[str]) -> float: ...
+
+    def corpus_score(
+        self, metric: str, predictions: Sequence[str], answers: Sequence[Sequence[str]]
+    ) -> float | None: ...
 
 
 @dataclass
@@ -86,3 +93,7 @@ class ListSource:
 
     def score(self, metric: str, prediction: str, answers: Sequence[str]) -> float:
         return self.scorer(metric, prediction, answers)
+
+    def corpus_score(self, metric: str, predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> float | None:
+        """The mean."""
+        return None

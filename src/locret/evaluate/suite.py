@@ -46,3 +46,6 @@ class SuiteSource:
 
     def score(self, metric: str, prediction: str, answers: Sequence[str]) -> float:
         return metrics.score(metric, prediction, answers)
+
+    def corpus_score(self, metric: str, predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> float | None:
+        return metrics.corpus_score(metric, predictions, answers) if metric in metrics.CORPUS else None

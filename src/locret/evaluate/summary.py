@@ -18,6 +18,7 @@ from locret.evaluate.source import Source
 from locret.evaluate.stats import bootstrap, mean_interval
 from locret.evaluate.store import Line, dump
 from locret.files import write_text
+from locret.tasks.metrics import longbench_e
 
 FORMAT = "locret-eval-1"
 Cell = dict[str, Any]
@@ -50,7 +51,7 @@ def summarise(grid: Grid, backbone: Backbone, source: Source, lines: Sequence[Li
         "model": {"name": grid.model or "embedded", **backbone.fingerprint(), "dtype": str(backbone.dtype)},
         "tasks": {task: {"summary": fact.summary, "group": fact.group, "metric": fact.metric, "dense": fact.dense}
                   for task, fact in facts.items()},
-        "cells": [_cell(key, mine, full) for key, mine in by_cell.items()],
+        "cells": [_cell(key, mine, full) | _set_scores(mine, source) for key, mine in by_cell.items()],
     }  # fmt: skip
 
 
@@ -106,6 +107,24 @@ def _cell(key: tuple[Any, ...], lines: list[Line], full: dict[tuple[Any, ...], L
     if all("depth" in line for line in lines):
         cell["depths"] = [line["depth"] for line in lines]
     return cell
+
+
+def _set_scores(lines: list[Line], source: Source) -> Cell:
+    """What a benchmark makes of a whole set where that is not, or not only, the mean over samples.
+
+    corpus: its number for the set (L-Eval's ROUGE);  by_words: LongBench's means by length in words.
+    """
+    found: Cell = {}
+    if all("answers" in line for line in lines):
+        predictions = [turn["prediction"] for line in lines for turn in line["turns"]]
+        answers = [given for line in lines for given in line["answers"]]
+        value = source.corpus_score(lines[0]["metric"], predictions, answers)
+        if value is not None:
+            found["corpus"] = round(value, 4)
+    if all("words" in line for line in lines):
+        groups = longbench_e([line["score"] for line in lines], [line["words"] for line in lines])
+        found["by_words"] = {name: round(value, 4) for name, value in groups.items()}
+    return found
 
 
 def _run_facts(folder: Path, lines: Sequence[Line], backbone: Backbone, command: str) -> dict[str, Any]:

@@ -14,7 +14,12 @@ def markdown(studies: Sequence[Study]) -> str:
 
 
 def _study(study: Study) -> list[str]:
-    lines = [f"# {study.title}", "", "95 % intervals in brackets. All variants saw the same samples.", ""]
+    lines = [
+        f"# {study.title}",
+        "",
+        f"95 % intervals in brackets. All variants saw the same samples. {study.note}".rstrip(),
+        "",
+    ]
     for length in study.lengths:
         tasks = study.tasks_at(length)
         lines += [f"## Mean over {len(tasks)} tasks at {length_text(length)}", ""]

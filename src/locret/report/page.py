@@ -61,7 +61,7 @@ def _study(study: Study, *, alone: bool) -> str:
         else "Query-agnostic: contexts were compressed before their questions were known."
     )
     parts = [f"<section>{'' if alone else f'<h2>{escape(study.title)}</h2>'}"
-             f"<p>{knows} All variants saw the same samples. Intervals are 95 %.</p>"]  # fmt: skip
+             f"<p>{knows} All variants saw the same samples. Intervals are 95 %. {escape(study.note)}</p>"]  # fmt: skip
     parts.append(_pareto(study))
     parts += [_leaderboard(study, length) for length in study.lengths]
     parts += [_curves(study), _matrix(study), _depths(study), _retention(study), _tasks(study)]
@@ -190,7 +190,8 @@ def _ceilings(study: Study, length: int) -> str:
 def _tasks(study: Study) -> str:
     """One table a task, folded."""
     columns = [
-        ("method and budget", ""), ("length", "tokens"), ("score", "95 % interval"), ("ceiling", "query-agnostic"),
+        ("method and budget", ""), ("length", "tokens"), ("score", "95 % interval"),
+        ("set", "the benchmark's number for the whole set, not the mean over samples"), ("ceiling", "query-agnostic"),
         ("vs. full", "points, same samples"), ("p", "of being as good as the full cache; paired"),
         ("gold kept", "share of the gold facts' units held"), ("KL", "nats a token, on the answer"),
         ("ΔNLL", "of the right answer"), ("agreement", "same likeliest next token as the full cache"),
@@ -215,7 +216,8 @@ def _task_row(study: Study, cell: Cell, full: Cell | None) -> list[Field]:
     p = p_against_full(cell, full)
     return [
         _name(study, (cell["method"], cell["budget"])), Field(length_text(cell["length"]), cell["length"]),
-        _score(cell["score"], cell["interval"]), _number(cell.get("ceiling"), lambda v: f"{v:.0f}"),
+        _score(cell["score"], cell["interval"]), _number(cell.get("corpus"), lambda v: f"{v:.1f}"),
+        _number(cell.get("ceiling"), lambda v: f"{v:.0f}"),
         _signed(cell.get("against_full")), _number(p, lambda v: "&lt; 0.001" if v < 0.001 else f"{v:.3f}"),
         _number(cell.get("retention"), lambda v: f"{100 * v:.0f} %"), _number(cell["kl"], lambda v: f"{v:.3f}"),
         _signed(cell["delta"], 3), _number(cell["agreement"], lambda v: f"{100 * v:.0f} %"),

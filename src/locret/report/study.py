@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from locret.evaluate.oracle import REFERENCES
 from locret.evaluate.stats import Interval, paired_test, tasks_interval
 from locret.evaluate.summary import Cell, cell_name, load_results, load_run
 
@@ -70,6 +71,17 @@ class Study:
     @property
     def methods(self) -> list[str]:
         return list(dict.fromkeys(method for method, _ in self.columns))
+
+    @property
+    def note(self) -> str:
+        """What a reader must know of rows that are no methods; empty where there are none."""
+        named = [f"{name} ({REFERENCES[name].summary})" for name in self.methods if name in REFERENCES]
+        if not named:
+            return ""
+        return (
+            f"Not methods but references: {'; '.join(named)}. They know the questions and the right answers, under the "
+            "same budget and pins."
+        )
 
     def of(self, *, column: Column | None = None, length: int | None = None, task: str | None = None) -> list[Cell]:
         return [
