@@ -120,6 +120,25 @@ def test_nan_scores_are_reported_when_the_cache_is_made_whole():
             reader.settle()
 
 
+def test_nan_scores_are_reported_even_if_the_stash_was_emptied_since():
+    """What an earlier write of the stash found was once thrown away, and only the last one's was looked at."""
+    backbone = Backbone(build_tiny_model("llama"))
+    method = method_of("locret", backbone)
+    config = CacheConfig(budget=60, chunk_size=16, num_stabilizers=4, local_window=4, decode_interval=3)
+    reader = Reader.start(backbone, method, config, batch=1, prompt_len=10)
+    with torch.inference_mode():
+        reader.read(torch.arange(5, 15)[None])
+        reader._graph = StepGraph.of(reader, capture=False)
+        weight = method.heads.layers[0].fc2.weight
+        whole = weight.clone()
+        weight.fill_(float("nan"))
+        for token in range(4):  # the fourth step empties the stash of three
+            reader.step(torch.tensor([20 + token]))
+        weight.copy_(whole)
+        with pytest.raises(Exception, match="NaN or infinite scores"):
+            reader.settle()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("name", "dtype"), [("locret", torch.float32), ("full", torch.bfloat16)])
 def test_a_captured_graph_equals_ordinary_steps(name, dtype):

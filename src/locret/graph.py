@@ -43,12 +43,8 @@ class StepGraph:
 
     def __init__(self, reader: Reader, angles: list[Angles | None], *, capture: bool) -> None:
         # not the reader itself, which holds this: a cycle would keep the cache's memory until the collector comes by
-        self._backbone, self._method, self._cache, self._rope = (
-            reader.backbone,
-            reader.method,
-            reader.cache,
-            reader.rope,
-        )
+        self._backbone, self._method = reader.backbone, reader.method
+        self._cache, self._rope = reader.cache, reader.rope
         self._angles, self._capture = angles, capture
         backbone, cache = reader.backbone, reader.cache
         rows, heads, layers = cache.batch, backbone.num_kv_heads, backbone.num_layers
@@ -65,6 +61,7 @@ class StepGraph:
                                       dtype=backbone.dtype, device=device)  # fmt: skip
             cache.note_scratch(self._stash.nbytes)
         self._pending = 0
+        self._good = torch.ones((), dtype=torch.bool, device=device)  # all scores written since the last `flush`
         self._addresses: list[int] = []
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
@@ -94,7 +91,7 @@ class StepGraph:
     def step(self, tokens: Tensor) -> Tensor:
         """Read one token a row, [B]; returns logits [B, V]."""
         if self._stash is not None and self._pending == self._stash.shape[3]:
-            self.flush()
+            self._write()
         if self._stale:
             self._refresh()
         self._tokens.copy_(tokens[:, None])
@@ -110,7 +107,7 @@ class StepGraph:
         return self._logits.clone()  # the next replay writes over it
 
     def undo(self) -> None:
-        """Take back the last step, if nothing was flushed since: the units that it added are forgotten."""
+        """Take back the last step, if nothing was written since: the units that it added are forgotten."""
         assert self._pending, "a step that was flushed stays"
         self._pending -= 1
         self._stale = True
@@ -118,15 +115,20 @@ class StepGraph:
             held.held -= 1
         self._cache.seen -= 1
 
+    @torch.inference_mode()
     def flush(self) -> bool:
-        """Write what the steps left out. Returns whether all scores are finite; waits for the device."""
+        """Write what the steps left out. Returns whether all scores since the last time are finite; waits for that."""
+        self._write()
+        good = bool(self._good)
+        self._good.fill_(True)
+        return good
+
+    def _write(self) -> None:
+        """Scores, positions and flags of the pending units."""
         self._stale = True
         count, self._pending = self._pending, 0
-        if not count:
-            return True
-        good = torch.ones((), dtype=torch.bool, device=self._backbone.device)
         seen = self._cache.seen
-        for layer, held in enumerate(self._cache.layers):
+        for layer, held in enumerate(self._cache.layers if count else []):
             units = held.slab[slice(held.held - count, held.held)].units()
             units.position.copy_(torch.arange(seen - count, seen, device=units.position.device))
             units.protected.fill_(False)
@@ -136,8 +138,7 @@ class StepGraph:
                 call = self._backbone.calls[layer]
                 view = ChunkView(layer, self._stash[layer][:, :, :count], units.k, units.v, seen - count, call.scale)
                 units.score.copy_(self._method.score(view))
-                good &= finite(units.score).to(good.device)
-        return bool(good)
+                self._good &= finite(units.score).to(self._good.device)
 
     # ------------------------------------------------------------------ the step
 
