@@ -39,6 +39,7 @@ from locret.heads import HeadsConfig, RetainingHeads
 from locret.methods import Method, get_method
 from locret.plan import DTYPES, Card, Footprint, Shape, decode_work, footprint, prefill_work, shape_config
 from locret.prefill import Reader
+from locret.sampling import read_back
 
 BAR_LENGTH, BAR = 32_768, 2.0  # issue 4: embedded model on a CPU, tokens and least ratio to transformers
 _COPY_BYTES = {"cpu": 2**26, "cuda": 2**30}
@@ -343,22 +344,11 @@ def _decode(engine: _Engine, tokens: Tensor, new_tokens: int) -> float:
     steps = max(1, new_tokens - 1)
     started = time.perf_counter()
     for _ in range(steps):
-        copy = tokens.to("cpu", non_blocking=True)
-        read = _event(tokens.device)
+        wait = read_back(tokens)
         tokens = engine.step(tokens).argmax(-1)
-        if read is not None:
-            read.synchronize()
-        copy.tolist()
+        wait()
     tokens.tolist()
     return (time.perf_counter() - started) / steps
-
-
-def _event(device: torch.device) -> torch.cuda.Event | None:
-    if device.type != "cuda":
-        return None
-    event = torch.cuda.Event()
-    event.record()
-    return event
 
 
 def _rows(

@@ -16,7 +16,7 @@ from torch import Tensor
 from locret.backbone import Backbone
 from locret.config import Sampling
 from locret.prefill import Reader
-from locret.sampling import Sampler, TextStream
+from locret.sampling import Sampler, TextStream, read_back
 
 
 @dataclass(frozen=True)
@@ -131,15 +131,9 @@ class Decoder:
         self._ahead = None
         if not self._reader.can_unread or self._is_last():
             return tokens.tolist()
-        copy = tokens.to("cpu", non_blocking=True)
-        event = None
-        if tokens.is_cuda:
-            event = torch.cuda.Event()
-            event.record()
+        wait = read_back(tokens)
         self._ahead = self._reader.step(tokens)
-        if event is not None:
-            event.synchronize()
-        return copy.tolist()
+        return wait()
 
     def _is_last(self) -> bool:
         """Whether these are the last tokens that may be generated."""

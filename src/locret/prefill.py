@@ -243,7 +243,7 @@ class ChunkPass:
         window = held.window
         before = held.width
         view = ChunkView(layer, q, k, v, self.start, call.scale, call.hidden)
-        if window is None and self._overflows(held, k.shape[2]) and not _joins(self.reader.backbone, method):
+        if window is None and self._overflows(held, k.shape[2]) and not self.cache.joins:
             return self._attend_beside(held, view)
         early = window is None and method.evicts and not method.rescoring and not method.wants_surprisal
         units = self.cache.append(

@@ -7,6 +7,7 @@ tokens here and there. Shapes: B rows, V vocabulary.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -51,6 +52,20 @@ class Sampler:
         weights = logits.softmax(-1)
         rows = zip(weights, self._generators, strict=True)
         return torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
+
+
+def read_back(tokens: Tensor) -> Callable[[], list[int]]:
+    """Begin to copy tokens [B] to the host; the function waits for them, and for nothing launched after this."""
+    if not tokens.is_cuda:
+        return tokens.tolist
+    copy, event = tokens.to("cpu", non_blocking=True), torch.cuda.Event()
+    event.record()
+
+    def wait() -> list[int]:
+        event.synchronize()
+        return copy.tolist()
+
+    return wait
 
 
 class TextStream:

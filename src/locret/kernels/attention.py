@@ -103,7 +103,7 @@ def two_part_attention(
         chunk: those of the queries' own tokens, seen causally, [B, Hkv, T, D].
 
     On a Hopper GPU the fastest there is for long chunks: cuDNN takes fewer KV heads as they are and reaches 680 TFLOP/s
-    over the prefix where FlashAttention-2 has 360 (one H200, benchmarks/results/kernels.json).
+    over the prefix where FlashAttention-2 has 360 (one H200; printed by a script that was not kept).
     """
     own, own_lse = _part(q, *chunk, scale, causal=True)
     if prefix[0].shape[2] == 0:

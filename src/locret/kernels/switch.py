@@ -1,9 +1,8 @@
-"""Which Triton kernels run on a GPU: all of those that won when they were measured (docs/kernels.md).
+"""Which Triton kernels run on a GPU: all; those that did not win are not kept (docs/kernels.md).
 
 LOCRET_TRITON=none                       none: the torch paths
 LOCRET_TRITON=compact,decode_attention   these
-LOCRET_TRITON= (or not set)              those that won: WINNERS
-LOCRET_TRITON=all                        all of them
+LOCRET_TRITON=all (or not set)           all of them
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ from torch import Tensor
 
 from locret.errors import ConfigError, unknown
 
-WINNERS = ("append", "compact", "decode_attention", "linear", "merge", "rotate")
-KERNELS = WINNERS
+KERNELS = ("append", "compact", "decode_attention", "linear", "merge", "rotate")
 VARIABLE = "LOCRET_TRITON"
 
 
@@ -44,9 +42,7 @@ def _wanted(value: str) -> frozenset[str]:
     for name in names:
         if name not in ("all", "none", *KERNELS):
             raise unknown(VARIABLE, name, ("all", "none", *KERNELS))
-    if not names:
-        return frozenset(WINNERS)
-    return frozenset(KERNELS) if "all" in names else frozenset(names)
+    return frozenset(KERNELS) if not names or "all" in names else frozenset(names)
 
 
 @functools.cache
