@@ -77,8 +77,9 @@ def test_labels_on_a_gpu_in_bf16_are_near_those_of_a_cpu_in_fp32(label):
     """Other kernels for norms, attention and label maxima; lengths are rounded up, and 203 is no round number."""
     shape = dict(hidden_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=64, initializer_range=0.05)
     sample = Sample([8 + (i * i) % 250 for i in range(200)], [9, 10, 11])
-    plain = labels_of(Backbone(build_tiny_model("llama", **shape), build_byte_tokenizer()), sample, label=label)
-    fast = Backbone(build_tiny_model("llama", torch.bfloat16, **shape).cuda(), build_byte_tokenizer())
+    model = build_tiny_model("llama", **shape)
+    plain = labels_of(Backbone(model, build_byte_tokenizer()), sample, label=label)
+    fast = Backbone(model.to("cuda", torch.bfloat16), build_byte_tokenizer())
     for layer, labels in labels_of(fast, sample, label=label).items():
         assert labels.shape == plain[layer].shape
         error = (labels.cpu() - plain[layer]).norm() / plain[layer].norm()

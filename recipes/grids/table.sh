@@ -1,11 +1,11 @@
 #!/bin/bash
-# The large table by one resumable command: several processes share one GPU, because a small model alone cannot fill it.
+# The large table by one resumable command: several processes share a GPU, because a small model alone cannot fill it.
 #
 #   bash recipes/grids/table.sh OUTPUT [SECONDS] [PROCESSES] [SAMPLES]
 #
 # OUTPUT     where the journal of every process goes; the same folder (or OUTPUT.tgz) goes on where it was
 # SECONDS    after which nothing new is begun (default: none), the making of samples not counted
-# PROCESSES  default 7
+# PROCESSES  default 7 a GPU; they are spread over the GPUs that CUDA_VISIBLE_DEVICES names, or all
 # GRID       in the environment: another grid than table.toml
 # SAMPLES    folder of prepared samples (default: OUTPUT/prepared); what is missing there is made first
 #
@@ -14,7 +14,8 @@
 #   python benchmarks/eval_table.py OUTPUT
 set -euo pipefail
 output=${1:?"say where to write: bash recipes/grids/table.sh OUTPUT [SECONDS] [PROCESSES] [SAMPLES]"}
-seconds=${2:-1000000} processes=${3:-7} samples=${4:-$1/prepared}
+IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, || true)}"
+seconds=${2:-1000000} processes=${3:-$((7 * (${#gpus[@]} > 0 ? ${#gpus[@]} : 1)))} samples=${4:-$1/prepared}
 grid=${GRID:-$(dirname "$0")/table.toml}
 root=$(cd "$(dirname "$0")/../.." && pwd)
 export PYTHONPATH=$root/src${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
@@ -26,7 +27,8 @@ if [[ -e $output.tgz && ! -e $output/grid.json ]]; then tar xzf "$output.tgz" -C
 "$python" -m locret eval "$grid" --prepare "$(nproc)" --sample-files "$samples"
 pids=()
 for ((rank = 0; rank < processes; rank++)); do
-  RANK=$rank WORLD_SIZE=$processes LOCAL_RANK=$rank "$python" -m locret eval "$grid" --output "$output" \
+  gpu=${gpus[$((rank % (${#gpus[@]} > 0 ? ${#gpus[@]} : 1)))]:-}
+  CUDA_VISIBLE_DEVICES=$gpu RANK=$rank WORLD_SIZE=$processes LOCAL_RANK=0 "$python" -m locret eval "$grid" --output "$output" \
     --sample-files "$samples" --stop-after "$seconds" >"$output/process-$rank.log" 2>&1 &
   pids+=($!)
 done

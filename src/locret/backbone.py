@@ -119,7 +119,7 @@ class Rope:
     def run(self, layer: int, x: Tensor, first: int, out: Tensor | None = None) -> Tensor:
         """RoPE at positions first, first + 1, ... x [B, H, T, D], laid out as it is or into `out`."""
         angles = self.angles(layer) if x.is_cuda else None  # on a CPU the family's function is as fast
-        if angles is None:
+        if angles is None or angles.cos.device != x.device:
             return self.rotate(layer, x, torch.arange(first, first + x.shape[2], device=x.device), out)
         return rotate(x, angles, first, torch.empty_like(x) if out is None else out)
 

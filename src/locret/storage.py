@@ -177,7 +177,8 @@ def quantise(x: Tensor, bits: int, fit: str = "minmax") -> tuple[Tensor, Tensor,
     """
     wide = x.double() if x.dtype == torch.float64 else x.float()
     low, high = wide.amin(-1), wide.amax(-1)
-    scale = _round_up((high - low) / (2**bits - 1), x.dtype)
+    # by a tensor: CUDA divides by a number as it multiplies with its inverse, and codes should be the same everywhere
+    scale = _round_up((high - low) / torch.full_like(low, 2**bits - 1), x.dtype)
     zero = low.to(x.dtype)  # exact: the minimum is one of x
     if fit == "hqq":
         zero = _hqq_zero(wide, bits, scale, zero)
