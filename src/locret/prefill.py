@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -33,10 +34,12 @@ from locret.graph import MOST_STASHED, StepGraph
 from locret.kernels.attention import prefix_causal_attention, two_part_attention
 from locret.methods.base import BIAS, ChunkView, Joined, Method
 from locret.observe import AttentionProbe, surprisal
+from locret.sampling import read_back
 from locret.select import check_pins, finite, pin
 from locret.stores import fixed_bytes, layer_stores
 
 Progress = Callable[[int, int], object]
+Check = Callable[[], None]
 
 
 @dataclass
@@ -51,6 +54,7 @@ class Reader:
     num_protected: int = 0
     budgets: list[int] = field(default_factory=list)  # per layer; layers with a window do not read theirs
     last_logits: Tensor | None = None  # [B, V], for methods that want surprisal
+    _unchecked: Check | None = field(default=None, init=False, repr=False)  # of the scores of the last pass
     _graph: StepGraph | bool | None = field(default=None, init=False, repr=False)  # False: its steps are not all alike
 
     @classmethod
@@ -162,6 +166,8 @@ class Reader:
                 newest = 0
             part = None if protected is None else protected[start:stop]
             logits = self._forward(ids[:, start:stop], self.plan.budget, newest, part, logits=int(stop == total))
+            if stop == total:
+                self.check_scores()
             yield stop, None if logits is None or stop < total else logits[:, -1]
 
     def step(self, tokens: Tensor) -> Tensor:
@@ -174,6 +180,7 @@ class Reader:
         if graph is not None and graph.room():
             return graph.step(tokens)
         logits = self._run(ChunkPass.of_step(self), tokens[:, None], logits=1)
+        self.check_scores()
         assert logits is not None
         return logits[:, -1]
 
@@ -196,6 +203,16 @@ class Reader:
         if isinstance(self._graph, StepGraph) and not self._graph.flush():
             raise _not_finite(self.method, self.cache.seen - MOST_STASHED, self.cache.seen)
 
+    def check_scores(self, after: Check | None = None) -> None:
+        """Wait for the scores of the last pass. `after`: what is to be checked next time, or by the next pass: so the
+        device is never left without work while the host looks at numbers.
+
+        Raises: NumericsError: scores that are NaN or infinite.
+        """
+        before, self._unchecked = self._unchecked, after
+        if before is not None:
+            before()
+
     def _step_graph(self) -> StepGraph | None:
         if self._graph is None:
             on_gpu = self.backbone.device.type == "cuda"
@@ -209,6 +226,7 @@ class Reader:
         """
         pieces = ids.split(self.cache.chunk_size, dim=1)
         parts = [self._forward(p, self.plan.budget, self.plan.num_stabilizers, None, logits=p.shape[1]) for p in pieces]
+        self.check_scores()
         return torch.cat([part for part in parts if part is not None], dim=1)
 
     def edges(self, total: int, local: int) -> list[int]:
@@ -236,7 +254,7 @@ class ChunkPass:
         self.target, self.newest, self.protected = target, newest, protected
         self.start, self.chunk = reader.cache.seen, chunk
         self.wants_hidden = reader.method.wants_hidden
-        self.finite: Tensor | bool = True
+        self.largest: list[Tensor] = []  # of each layer's scores, in absolute value
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
         method, held = self.reader.method, self.cache.layers[layer]
@@ -302,7 +320,7 @@ class ChunkPass:
         score, position, protected = (
             torch.cat((getattr(old, name), getattr(new, name)), 2) for name in ("score", "position", "protected")
         )
-        self.finite = finite(new.score) & self.finite
+        self._note(new.score)
         keep = self._kept(view, score, position, protected)
         self.cache.note_scratch(held.compact_bytes(keep.shape[-1]))
         held.keep(keep)
@@ -340,16 +358,31 @@ class ChunkPass:
     def finish(self, ids: Tensor, logits: Tensor | None) -> None:
         """After the forward pass over ids [B, C]: what needs its logits [B, C, V], and the count of tokens seen.
 
-        Raises: NumericsError: scores that are NaN or infinite.
+        Raises: NumericsError: scores of the pass before are NaN or infinite; `Reader.check_scores` is for this one's.
         """
         reader, seen = self.reader, self.cache.seen
         if reader.method.wants_surprisal:
             assert logits is not None
             self.score_tokens(surprisal(logits, ids, reader.last_logits))
             reader.last_logits = logits[:, -1]
-        if not bool(self.finite):
-            raise _not_finite(reader.method, seen, seen + ids.shape[1])
+        reader.check_scores(self._check(seen, seen + ids.shape[1]))
         self.cache.seen += ids.shape[1]
+
+    def _note(self, scores: Tensor) -> None:
+        """Remember to look at a layer's scores: one kernel that keeps NaN."""
+        self.largest.append(torch.linalg.vector_norm(scores, math.inf).to(self.reader.backbone.device))
+
+    def _check(self, first: int, last: int) -> Check | None:
+        """Of the scores of tokens first .. last - 1: begin to read back whether they are numbers."""
+        if not self.largest:
+            return None
+        method, wait = self.reader.method, read_back(finite(torch.stack(self.largest))[None])
+
+        def check() -> None:
+            if not wait()[0]:
+                raise _not_finite(method, first, last)
+
+        return check
 
     def score_tokens(self, nats: Tensor) -> None:
         """After the forward pass: score every layer's units by the surprisal of their tokens, and evict."""
@@ -412,7 +445,7 @@ class ChunkPass:
         """Cut a layer back to its budget; returns the bytes of the units that were made of others meanwhile."""
         method = self.reader.method
         if method.evicts:
-            self.finite = finite(units.score) & self.finite
+            self._note(units.score)
         if self.plan.budget is None or self.target is None:
             held.settle()
             return 0

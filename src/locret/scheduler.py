@@ -357,6 +357,7 @@ class Scheduler:
         for i, request in enumerate(rows):
             try:
                 together.passes[i].finish(ids[i : i + 1], logits[i : i + 1])
+                readers[i].check_scores()
                 self._choose(request, logits[i : i + 1, -1])
             except Exception as error:
                 self._fail(request, error)

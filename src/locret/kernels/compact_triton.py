@@ -23,7 +23,7 @@ from locret.kernels.compact import Column, in_place
 
 HELD = 32_768  # keys of one row in registers: 32 a thread
 WALK = 8192  # keys at once while kept units are written
-SLICE_BYTES = 64  # of a unit's K or V per program in place: two sectors
+SLICE_BYTES = 32  # of a unit's K or V per program in place: one sector
 TILE_BYTES = 32_768  # that a program has loaded at once
 
 
