@@ -303,7 +303,7 @@ def split(dtype, size, dim, bits, rotated, capability, spans):
     k = torch.empty(*shape, dim)
     types = dict(q_ptr=f"*{dtype}", k_ptr=f"*{dtype}", v_ptr=f"*{dtype}", part_ptr="*fp32", lse_ptr="*fp32")
     if bits:
-        k = Codes(torch.empty(*shape, dim * bits // 8), torch.empty(*shape, dim // 32), torch.empty(0), bits)
+        k = Codes(torch.empty(*shape, dim * bits // 8), torch.empty(*shape, dim // 32, dtype=torch.bfloat16), torch.empty(0), bits)
         types |= dict(k_ptr="*u8", v_ptr="*u8")
         types |= dict.fromkeys(("k_scale", "k_zero", "v_scale", "v_zero"), f"*{dtype}")
     if rotated:

@@ -52,40 +52,53 @@ def _channels(x_ptr, x_t, scale_ptr, zero_ptr, scale_t, slot, channel, mask, BIT
 
 
 @triton.jit
-def _scaled_groups(codes, scale_ptr, zero_ptr, scale_t, slot, used, FIRST: tl.constexpr, GROUP: tl.constexpr):
-    """`_scaled` where the tile is whole groups from group FIRST on: a scale is loaded once for all its channels."""
+def _levels(scale_ptr, zero_ptr, scale_t, slot, high, FIRST: tl.constexpr, GROUPS: tl.constexpr):
+    """Scale and zero of GROUPS groups of some slots, from group FIRST on: two 16-bit numbers in an int32."""
+    at = slot[:, None] * scale_t + FIRST + tl.arange(0, GROUPS)[None, :]
+    mask = (slot < high)[:, None]
+    scale = tl.load(scale_ptr + at, mask=mask, other=0.0).to(tl.int16, bitcast=True).to(tl.int32)
+    zero = tl.load(zero_ptr + at, mask=mask, other=0.0).to(tl.int16, bitcast=True).to(tl.int32)
+    return (scale & 0xFFFF) | (zero << 16)
+
+
+@triton.jit
+def _leveled(codes, levels, KIND: tl.constexpr, GROUP: tl.constexpr):
+    """Codes [slots, groups GROUP] with `_levels` [slots, groups] as numbers, fp32."""
     rows: tl.constexpr = codes.shape[0]
     groups: tl.constexpr = codes.shape[1] // GROUP
-    at = slot[:, None] * scale_t + FIRST + tl.arange(0, groups)[None, :]
-    scale = tl.load(scale_ptr + at, mask=used[:, None], other=0.0).to(tl.float32)
-    zero = tl.load(zero_ptr + at, mask=used[:, None], other=0.0).to(tl.float32)
-    numbers = tl.reshape(codes.to(tl.float32), (rows, groups, GROUP)) * scale[:, :, None] + zero[:, :, None]
+    both = levels[:, :, None]
+    if KIND == tl.bfloat16:
+        scale, zero = (both << 16).to(tl.float32, bitcast=True), (both & -65536).to(tl.float32, bitcast=True)
+    else:
+        scale = both.to(tl.int16).to(KIND, bitcast=True).to(tl.float32)
+        zero = (both >> 16).to(tl.int16).to(KIND, bitcast=True).to(tl.float32)
+    # the bits of 2**23 + code: cheaper than converting, and exact
+    numbers = (codes.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+    numbers = tl.reshape(numbers, (rows, groups, GROUP)) * scale + zero
     return tl.reshape(numbers, (rows, groups * GROUP))
 
 
 @triton.jit
-def _two_tiles(x_ptr, x_t, scale_ptr, zero_ptr, scale_t, slot, used, a, b, in_a, in_b, BITS: tl.constexpr,
-               GROUP: tl.constexpr, BYTES: tl.constexpr, HALVES: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
-    """Channels a and b of some slots. HALVES: they are the head's two halves; WHOLE: of whole groups."""
-    mask_a, mask_b = used[:, None] & in_a[None, :], used[:, None] & in_b[None, :]
-    if BITS != 0 and HALVES:
-        place = x_ptr + slot[:, None] * x_t
-        one = tl.load(place + a[None, :], mask=mask_a, other=0)
-        if BITS == 4:
-            two = one >> 4
-            one = one & 15
-        else:
-            two = tl.load(place + b[None, :], mask=mask_b, other=0)
-        if WHOLE:
-            width: tl.constexpr = a.shape[0]
-            one = _scaled_groups(one, scale_ptr, zero_ptr, scale_t, slot, used, 0, GROUP)
-            two = _scaled_groups(two, scale_ptr, zero_ptr, scale_t, slot, used, width // GROUP, GROUP)
-        else:
-            one = _scaled(one, scale_ptr, zero_ptr, scale_t, slot, a, mask_a, GROUP)
-            two = _scaled(two, scale_ptr, zero_ptr, scale_t, slot, b, mask_b, GROUP)
+def _halves(x_ptr, x_t, slot, high, a, b, BITS: tl.constexpr):
+    """Codes of both halves of a head, channels a and b, [slots, channels] each."""
+    place = x_ptr + slot[:, None] * x_t
+    mask = (slot < high)[:, None]
+    one = tl.load(place + a[None, :], mask=mask, other=0)
+    if BITS == 4:
+        two = one >> 4
+        one = one & 15
     else:
-        one = _channels(x_ptr, x_t, scale_ptr, zero_ptr, scale_t, slot, a, mask_a, BITS, GROUP, BYTES)
-        two = _channels(x_ptr, x_t, scale_ptr, zero_ptr, scale_t, slot, b, mask_b, BITS, GROUP, BYTES)
+        two = tl.load(place + b[None, :], mask=mask, other=0)
+    return one, two
+
+
+@triton.jit
+def _two_tiles(x_ptr, x_t, scale_ptr, zero_ptr, scale_t, slot, used, a, b, in_a, in_b, BITS: tl.constexpr,
+               GROUP: tl.constexpr, BYTES: tl.constexpr):  # fmt: skip
+    """Channels a and b of some slots."""
+    mask_a, mask_b = used[:, None] & in_a[None, :], used[:, None] & in_b[None, :]
+    one = _channels(x_ptr, x_t, scale_ptr, zero_ptr, scale_t, slot, a, mask_a, BITS, GROUP, BYTES)
+    two = _channels(x_ptr, x_t, scale_ptr, zero_ptr, scale_t, slot, b, mask_b, BITS, GROUP, BYTES)
     return one, two
 
 
@@ -108,12 +121,13 @@ def _split(
     T: tl.constexpr, G: tl.constexpr, M: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr,
     PAIR_STEP: tl.constexpr, SECOND: tl.constexpr, REST: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, BYTES: tl.constexpr, HALVES: tl.constexpr,
-    WHOLE: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, BYTES: tl.constexpr, LEVELS: tl.constexpr,
+    CAPPED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     i, h = head // heads, head % heads
     dot_type = tl.float32 if UPCAST else q_ptr.dtype.element_ty
+    KIND: tl.constexpr = q_ptr.dtype.element_ty if BITS == 0 else k_scale.dtype.element_ty
     first = head * 0
     stop = first + slots
     base = first
@@ -162,13 +176,26 @@ def _split(
     out_two = tl.zeros((M, BLOCK_V), tl.float32)
     low = tl.maximum(tl.program_id(0).to(tl.int64) * stretch, first)
     high = tl.minimum((tl.program_id(0).to(tl.int64) + 1) * stretch, stop)
+    if LEVELS > 0:  # of the first block; every block fetches the next one's, so that none waits for memory
+        slot = low + tl.arange(0, BLOCK_N)
+        k_first, k_second = (_levels(k_scale, k_zero, ks_t, slot, high, 0, LEVELS),
+                             _levels(k_scale, k_zero, ks_t, slot, high, LEVELS, LEVELS))  # fmt: skip
+        v_first, v_second = (_levels(v_scale, v_zero, vs_t, slot, high, 0, LEVELS),
+                             _levels(v_scale, v_zero, vs_t, slot, high, LEVELS, LEVELS))  # fmt: skip
     for start in range(low, high, BLOCK_N):
         slot = start + tl.arange(0, BLOCK_N)
         used = slot < high
-        one, two = _two_tiles(
-            k_ptr, k_t, k_scale, k_zero, ks_t, slot, used, k_one, k_two, in_one, in_two, BITS, GROUP, BYTES, HALVES,
-            WHOLE,
-        )  # fmt: skip
+        if LEVELS > 0:
+            ahead = slot + BLOCK_N
+            next_k_first = _levels(k_scale, k_zero, ks_t, ahead, high, 0, LEVELS)
+            next_k_second = _levels(k_scale, k_zero, ks_t, ahead, high, LEVELS, LEVELS)
+            next_v_first = _levels(v_scale, v_zero, vs_t, ahead, high, 0, LEVELS)
+            next_v_second = _levels(v_scale, v_zero, vs_t, ahead, high, LEVELS, LEVELS)
+            one, two = _halves(k_ptr, k_t, slot, high, k_one, k_two, BITS)
+            one, two = _leveled(one, k_first, KIND, GROUP), _leveled(two, k_second, KIND, GROUP)
+        else:
+            one, two = _two_tiles(k_ptr, k_t, k_scale, k_zero, ks_t, slot, used, k_one, k_two, in_one, in_two,
+                                  BITS, GROUP, BYTES)  # fmt: skip
         if cos_ptr is not None:
             where = base + slot - first
             one, two = _rotate(one, two, cos_ptr, sin_ptr, table_t, where, pair, used[:, None] & in_one[None, :])
@@ -191,10 +218,13 @@ def _split(
         fade = tl.exp2(most - ground)
         most = new_most
         total = total * fade + tl.sum(weight, 1)
-        one, two = _two_tiles(
-            v_ptr, v_t, v_scale, v_zero, vs_t, slot, used, v_one, v_two, in_v_one, in_v_two, BITS, GROUP, BYTES, True,
-            WHOLE,
-        )  # fmt: skip
+        if LEVELS > 0:
+            one, two = _halves(v_ptr, v_t, slot, high, v_one, v_two, BITS)
+            one, two = _leveled(one, v_first, KIND, GROUP), _leveled(two, v_second, KIND, GROUP)
+            k_first, k_second, v_first, v_second = next_k_first, next_k_second, next_v_first, next_v_second
+        else:
+            one, two = _two_tiles(v_ptr, v_t, v_scale, v_zero, vs_t, slot, used, v_one, v_two, in_v_one, in_v_two,
+                                  BITS, GROUP, BYTES)  # fmt: skip
         weight = weight.to(dot_type)
         out_one = tl.dot(weight, one.to(dot_type), out_one * fade[:, None], input_precision="ieee")
         out_two = tl.dot(weight, two.to(dot_type), out_two * fade[:, None], input_precision="ieee")
@@ -300,13 +330,15 @@ def constants(
     bits = k.bits if isinstance(k, Codes) else 0
     group = dim // k.scale.shape[3] if isinstance(k, Codes) else 1
     block_v = max(16, triton.next_power_of_2((dim + 1) // 2))
+    # RoPE's pairs are the two halves of a head, and both are whole groups of 16-bit scales
+    halves = bits != 0 and 2 * pairs == dim == 2 * block_v and not interleaved and block_v % group == 0
+    levels = block_v // group if halves and isinstance(k, Codes) and k.scale.element_size() == 2 else 0
     return dict(
         T=t, G=groups, M=max(16, triton.next_power_of_2(groups * t)), DIM=dim, PAIRS=pairs,
         PAIR_STEP=2 if interleaved else 1, SECOND=1 if interleaved else pairs, REST=rest,
         BLOCK_P=max(16, triton.next_power_of_2(pairs)), BLOCK_R=max(16, triton.next_power_of_2(rest)),
         BLOCK_V=block_v, BLOCK_N=block,
-        BITS=bits, GROUP=group, BYTES=dim * max(bits, 1) // 8 or 1, HALVES=2 * pairs == dim and not interleaved,
-        WHOLE=2 * block_v == dim and block_v % group == 0,
+        BITS=bits, GROUP=group, BYTES=dim * max(bits, 1) // 8 or 1, LEVELS=levels,
     )  # fmt: skip
 
 
