@@ -5,17 +5,19 @@
 #
 # OUTPUT     where the journal of every process goes; the same folder (or OUTPUT.tgz) goes on where it was
 # SECONDS    after which nothing new is begun (default: none), the making of samples not counted
-# PROCESSES  default 7 a GPU; they are spread over the GPUs that CUDA_VISIBLE_DEVICES names, or all
-# GRID       in the environment: another grid than table.toml
+# PROCESSES  in all (default: 7 a GPU); they are dealt out to the GPUs in turn
 # SAMPLES    folder of prepared samples (default: OUTPUT/prepared); what is missing there is made first
+#
+# In the environment: GRID, another grid than table.toml; GPUS, how many GPUs to use (default: all that nvidia-smi
+# lists; 0 leaves the choice to each process); PYTHON, the interpreter.
 #
 # OUTPUT.tgz holds what has been done so far. Sum it up anywhere, without a GPU:
 #   locret eval recipes/grids/table.toml --output OUTPUT --sample-files SAMPLES --stop-after 0 --device cpu
 #   python benchmarks/eval_table.py OUTPUT
 set -euo pipefail
 output=${1:?"say where to write: bash recipes/grids/table.sh OUTPUT [SECONDS] [PROCESSES] [SAMPLES]"}
-IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, || true)}"
-seconds=${2:-1000000} processes=${3:-$((7 * (${#gpus[@]} > 0 ? ${#gpus[@]} : 1)))} samples=${4:-$1/prepared}
+gpus=${GPUS:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)}
+seconds=${2:-1000000} processes=${3:-$((7 * (gpus > 1 ? gpus : 1)))} samples=${4:-$1/prepared}
 grid=${GRID:-$(dirname "$0")/table.toml}
 root=$(cd "$(dirname "$0")/../.." && pwd)
 export PYTHONPATH=$root/src${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
@@ -24,11 +26,12 @@ python=${PYTHON:-python3}
 
 mkdir -p "$output"
 if [[ -e $output.tgz && ! -e $output/grid.json ]]; then tar xzf "$output.tgz" -C "$output"; fi
-"$python" -m locret eval "$grid" --prepare "$(nproc)" --sample-files "$samples"
+cores=$(env -u OMP_NUM_THREADS nproc)  # nproc believes the 1 that is for torch
+"$python" -m locret eval "$grid" --prepare "$cores" --sample-files "$samples"
 pids=()
 for ((rank = 0; rank < processes; rank++)); do
-  gpu=${gpus[$((rank % (${#gpus[@]} > 0 ? ${#gpus[@]} : 1)))]:-}
-  CUDA_VISIBLE_DEVICES=$gpu RANK=$rank WORLD_SIZE=$processes LOCAL_RANK=0 "$python" -m locret eval "$grid" --output "$output" \
+  if ((gpus > 0)); then export CUDA_VISIBLE_DEVICES=$((rank % gpus)); fi
+  RANK=$rank WORLD_SIZE=$processes LOCAL_RANK=$rank "$python" -m locret eval "$grid" --output "$output" \
     --sample-files "$samples" --stop-after "$seconds" >"$output/process-$rank.log" 2>&1 &
   pids+=($!)
 done
