@@ -183,7 +183,7 @@ class StepGraph:
     def _refresh(self) -> None:
         """Counters from the cache; a new capture if its slabs lie elsewhere than the graph thinks."""
         layers = self._cache.layers
-        self._step.state.copy_(row_state(self._cache, self._pending, active=True)[:, None], non_blocking=True)
+        self._step.state.copy_(row_state(self._cache, self._pending)[:, None], non_blocking=True)
         self._stale = False
         self._rope.grow(max(len(held.slab) for held in layers) + 1)
         self._step.prepare(self._rope, [held.slab.tensors()["k"].data_ptr() for held in layers])
@@ -218,11 +218,11 @@ def count(cache: KVCache, steps: int) -> None:
     cache.seen += steps
 
 
-def row_state(cache: KVCache, pending: int, *, active: bool, tables: Tensor | None = None) -> Tensor:
-    """A row of `Step.state`, [4 L + 2, Hkv], on the host."""
+def row_state(cache: KVCache, pending: int, tables: Tensor | None = None) -> Tensor:
+    """A row of `Step.state` for a cache whose last `pending` units are stashed, [4 L + 2, Hkv], on the host."""
     heads = cache.layers[0].heads
     held = [layer.held for layer in cache.layers]
-    numbers = torch.tensor([*held, *(n + 1 for n in held), pending, int(active)])[:, None].expand(-1, heads)
+    numbers = torch.tensor([*held, *(n + 1 for n in held), pending, 1])[:, None].expand(-1, heads)
     return torch.cat((torch.zeros(2 * len(held), heads, dtype=torch.int64) if tables is None else tables, numbers))
 
 

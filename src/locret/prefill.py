@@ -194,7 +194,7 @@ class Reader:
         Raises: NumericsError: scores that are NaN or infinite.
         """
         if isinstance(self._graph, StepGraph) and not self._graph.flush():
-            raise _not_finite(self.method, self.cache.seen - MOST_STASHED, self.cache.seen)
+            raise not_finite(self.method, self.cache.seen - MOST_STASHED, self.cache.seen)
 
     def _step_graph(self) -> StepGraph | None:
         if self._graph is None:
@@ -348,7 +348,7 @@ class ChunkPass:
             self.score_tokens(surprisal(logits, ids, reader.last_logits))
             reader.last_logits = logits[:, -1]
         if not bool(self.finite):
-            raise _not_finite(reader.method, seen, seen + ids.shape[1])
+            raise not_finite(reader.method, seen, seen + ids.shape[1])
         self.cache.seen += ids.shape[1]
 
     def score_tokens(self, nats: Tensor) -> None:
@@ -444,7 +444,8 @@ def _joins(backbone: Backbone, method: Method) -> bool:
     return looks or any(call.softcap is not None for call in backbone.calls)
 
 
-def _not_finite(method: Method, first: int, last: int) -> NumericsError:
+def not_finite(method: Method, first: int, last: int) -> NumericsError:
+    """For scores of tokens first .. last that are NaN or infinite."""
     return NumericsError(
         f"method {method.name!r} gave NaN or infinite scores between tokens {max(0, first)} and {last}; the heads or "
         "the model's weights are broken, or the dtype overflows (try --dtype float32)"
