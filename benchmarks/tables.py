@@ -57,7 +57,9 @@ def main() -> None:
     fill(page, "budget", table(rows, sparse))
     fill(ROOT / "README.md", "readme-budget", table(rows, sparse))
     fill(page, "dense-budget", table({"locret, 5 %": group(small, "dense", "method")["locret"]}, dense))
-    long = group(small, "long", "method", "budget", "positions") | group(others, "long", "method", "budget", "positions")
+    long = group(small, "long", "method", "budget", "positions") | group(
+        others, "long", "method", "budget", "positions"
+    )
     fill(page, "long", table({k.replace("%", " %"): v for k, v in long.items()}, sparse))
 
 

@@ -22,6 +22,7 @@ from locret.kernels.decode_attention import (
     reference_decode_attention,
     torch_decode_attention,
 )
+from locret.kernels.scattered import Scattered, addresses
 from locret.select import select_across_heads
 from locret.storage import Affine
 
@@ -244,23 +245,68 @@ def test_it_reads_ragged_layers_as_they_lie_and_gives_what_prefill_gives(storage
         torch.testing.assert_close(decode_attention(q, k, v, scale=0.3, span=span, angles=angles), want)
 
 
+SCATTERED = [
+    Case(batch=4, slots=70, dim=16),
+    Case(batch=3, slots=1100, dim=64, heads=(8, 2), rotated=64),  # several stretches
+    Case(batch=5, slots=65, dim=17, heads=(3, 3), softcap=3.0),  # units that begin anywhere
+    Case(batch=2, slots=130, dim=24, heads=(6, 1), rotated=24, interleaved=True),
+]
+
+
+def scattered(case, dtype, device="cpu"):
+    """Arguments whose rows lie in slabs of their own, and what each row gives by itself. NaN where no unit lies."""
+    g = torch.Generator().manual_seed(SCATTERED.index(case))
+    hkv, d = case.heads[1], case.dim
+    lengths = torch.randint(1, case.slots + 1, (case.batch,), generator=g).tolist()
+    lengths[0] = 1
+    stop = torch.stack([torch.randint(1, n + 1, (hkv,), generator=g) for n in lengths])
+    stop[1] = lengths[1]
+    given = inputs(case, dtype, device) | dict(span=Span(stop=stop.to(device)))
+    rows = []
+    for _ in "kv":
+        slabs = [torch.randn(1, hkv, n, d, generator=g).to(dtype) for n in lengths]
+        used = [torch.arange(n) < own[:, None] for n, own in zip(lengths, stop, strict=True)]
+        rows.append([x.masked_fill(~mask[..., None], NAN).to(device) for x, mask in zip(slabs, used, strict=True)])
+    want = torch.cat([
+        reference_decode_attention(**given | dict(q=given["q"][i : i + 1], k=rows[0][i], v=rows[1][i],
+                                                  span=given["span"].row(i))) for i in range(case.batch)
+    ])  # fmt: skip
+    k, v = (Scattered(slabs, addresses(slabs).to(device), case.slots) for slabs in rows)
+    return given | dict(k=k, v=v), want
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", SCATTERED, ids=str)
+def test_rows_that_lie_apart_in_torch(case, dtype):
+    given, want = scattered(case, dtype)
+    assert error(decode_attention(**given), want) < TOLERANCE[dtype]
+
+
 # In a process of its own: triton reads the environment when it is imported. Outputs are poisoned with NaN, so that a
 # place nobody wrote shows. Stretches: several with a short last one, and one.
 INTERPRETED = """
-import json, torch
+import dataclasses, json, torch
 from locret.kernels.decode_attention import Span, reference_decode_attention
 from locret.kernels.decode_attention_triton import Tile, decode_attention_triton
-from test_decode_attention import CASES, Case, TOLERANCE, error, inputs
+from test_decode_attention import CASES, SCATTERED, Case, TOLERANCE, error, inputs, scattered
 out = {}
-def run(name, given, stretch):
+def run(name, given, stretch, want=None):
     poisoned = torch.full(given["q"].shape, float("nan"), dtype=given["q"].dtype)
     got = decode_attention_triton(*given.values(), out=poisoned, tile=stretch and Tile(32, stretch))
-    out[name] = error(got, reference_decode_attention(**given))
+    out[name] = error(got, reference_decode_attention(**given) if want is None else want)
     return got
 for case in CASES:
     for dtype in TOLERANCE:
         for stretch in (48, None):
             run(f"{dtype} {stretch} {case}", inputs(case, dtype), stretch)
+for case in SCATTERED:
+    for dtype in TOLERANCE:
+        given, want = scattered(case, dtype)
+        one = run(f"scattered {dtype} {case}", given, None, want)
+        for name in "kv":  # more room than anybody needs: the same bits
+            given[name] = dataclasses.replace(given[name], slots=4 * case.slots)
+        other = run(f"scattered, room, {dtype} {case}", given, None, want)
+        out[f"scattered, the same, {dtype} {case}"] = 0.0 if torch.equal(one, other) else float("inf")
 given = inputs(Case(slots=90), torch.float32)
 bias = torch.zeros(2, 2, 90)
 bias[1, 1] = float("-inf")
@@ -280,7 +326,7 @@ def test_the_interpreted_kernel_equals_the_reference(interpreted):
     wrong = {name: value for name, value in interpreted.items()
              if not value < TOLERANCE[torch.bfloat16 if "bfloat16" in name else torch.float32]}  # fmt: skip
     assert not wrong
-    assert len(interpreted) == 4 * len(CASES) + 2
+    assert len(interpreted) == 4 * len(CASES) + 6 * len(SCATTERED) + 2
     assert interpreted["zeros"] == 0
 
 
@@ -292,18 +338,20 @@ from triton.compiler import ASTSource
 from locret.kernels.decode_attention import Angles, Codes
 from locret.kernels.decode_attention_triton import _merge, _split, constants, default_tile
 names = "first_ptr stop_ptr position_ptr bias_ptr".split()
-def build(kernel, types, fixed, capability):
+def build(kernel, types, fixed, capability, stages=2):
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs={**fixed, **{
         name: None for name in kernel.arg_names if name not in types and name not in fixed}})
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4, "num_stages": 2})
+    options = {"num_warps": 4, "num_stages": stages}
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     print(made.metadata.shared, any(word in made.asm["ptx"] for word in ("wgmma", "mma.sync")))
 def split(dtype, size, dim, bits, rotated, capability, spans):
     shape = 1, 1, 1
     k = torch.empty(*shape, dim)
     types = dict(q_ptr=f"*{dtype}", k_ptr=f"*{dtype}", v_ptr=f"*{dtype}", part_ptr="*fp32", lse_ptr="*fp32")
     if bits:
-        k = Codes(torch.empty(*shape, dim * bits // 8), torch.empty(*shape, dim // 32, dtype=torch.bfloat16), torch.empty(0), bits)
+        levels = torch.empty(*shape, dim // 32, dtype=torch.bfloat16)
+        k = Codes(torch.empty(*shape, dim * bits // 8), levels, torch.empty(0), bits)
         types |= dict(k_ptr="*u8", v_ptr="*u8")
         types |= dict.fromkeys(("k_scale", "k_zero", "v_scale", "v_zero"), f"*{dtype}")
     if rotated:
@@ -313,8 +361,9 @@ def split(dtype, size, dim, bits, rotated, capability, spans):
     types |= dict(slots="i32", stretch="i32", heads="i32", scale="fp32", softcap="fp32", table_t="i32")
     types |= {f"{x}_{axis}": "i32" for x in ("q", "k", "v", "ks", "vs", "bias") for axis in "bht"}
     angles = Angles(torch.empty(1, rotated // 2), torch.empty(1, rotated // 2)) if rotated else None
-    fixed = constants(dim, 4, 1, default_tile(dim, size).slots, k, angles) | dict(CAPPED=spans, UPCAST=False)
-    build(_split, types, fixed, capability)
+    tile = default_tile(dim, size, coded=bits > 0)
+    fixed = constants(dim, 4, 1, tile.slots, k, angles) | dict(CAPPED=spans, UPCAST=False)
+    build(_split, types, fixed, capability, tile.stages)
 for capability in (80, 90):
     for bits in (0, 8, 4):
         split("bf16", 2, 128, bits, 128, capability, bits == 8)
@@ -332,6 +381,44 @@ def test_the_kernel_compiles_for_gpus_that_are_not_here(tmp_path):
     assert len(lines) == 9
     assert all(int(shared) <= 99 * 1024 for shared, _ in lines)
     assert [cores for _, cores in lines] == ["True"] * 7 + ["False"] * 2
+
+
+# Pointers that come from a table carry no promise about their alignment: without one, every number is a load.
+WIDE = """
+import re, torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from locret.kernels.decode_attention_triton import _split, constants, default_tile
+fixed = constants(128, 4, 1, default_tile(128, 2).slots, torch.empty(0), None)
+fixed |= dict(CAPPED=False, UPCAST=False, SCATTERED=True)
+types = dict(q_ptr="*bf16", k_ptr="*i64", v_ptr="*i64", stop_ptr="*i64", part_ptr="*fp32", lse_ptr="*fp32")
+types |= dict(scale="fp32", softcap="fp32")
+names = _split.arg_names
+steps = [name for name in names if re.fullmatch("[a-z]+_[bht]", name)]
+types |= dict.fromkeys(["slots", "stretch", "heads", *steps], "i32")
+for aligned in (True, False):
+    constexprs = {name: None for name in names if name not in types} | fixed | dict(ALIGNED=aligned)
+    source = ASTSource(
+        fn=_split, signature={name: types.get(name, "constexpr") for name in names}, constexprs=constexprs,
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in ["q_ptr", *steps]})
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 2})
+    print(len(re.findall("ld.global[.a-z:0-9]*b16 ", made.asm["ptx"])))
+"""
+
+
+@pytest.mark.triton_interpret
+def test_units_of_scattered_rows_are_loaded_in_large_pieces(tmp_path):
+    (wide,), (narrow,) = compile_only(WIDE, tmp_path)
+    assert int(wide) == 0
+    assert int(narrow) > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", SCATTERED, ids=str)
+def test_rows_that_lie_apart_on_a_gpu(case, dtype):
+    given, want = scattered(case, dtype, "cuda")
+    assert error(decode_attention(**given), want) < max(TOLERANCE[dtype], 1e-4)
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ from oracles import llm_of, speak, tokens
 from locret.engine import LLM
 from locret.errors import CapacityError, ConfigError, NumericsError
 from locret.prefill import Reader
-from locret.scheduler import Scheduler, Status, _needed
+from locret.scheduler import Request, Scheduler, Status, _needed
 
 OPTIONS: dict[str, Any] = dict(budget=40, chunk_size=16)
 POISON = 11
@@ -59,7 +59,7 @@ def test_families_too(family: str) -> None:
     assert s.free_slots == 4
 
 
-def test_logits_of_a_padded_batch_do_not_depend_on_the_other_rows() -> None:
+def test_logits_of_a_padded_batch_do_not_depend_on_the_other_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit: the promise behind `exact=False`."""
     llm = talker()
 
@@ -70,11 +70,18 @@ def test_logits_of_a_padded_batch_do_not_depend_on_the_other_rows() -> None:
         for ids in PROMPTS[2 : 2 + others]:
             scheduler.submit(ids, max_new_tokens=30)
         choose = scheduler._choose
-        scheduler._choose = lambda r, x: (seen.append(x.clone()) if r is mine else None, choose(r, x))[1]  # type: ignore
-        scheduler.run()
-        return torch.cat(seen)
 
-    assert torch.equal(logits(0), logits(3))
+        def watch(requests: list[Request], x: torch.Tensor) -> None:
+            seen.extend(row.clone() for request, row in zip(requests, x, strict=True) if request is mine)
+            choose(requests, x)
+
+        monkeypatch.setattr(scheduler, "_choose", watch)
+        scheduler.run()
+        return torch.stack(seen)
+
+    alone = logits(0)
+    assert len(alone) == 6
+    assert torch.equal(alone, logits(3))
 
 
 def test_own_sampling_and_stop_of_each() -> None:

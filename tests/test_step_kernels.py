@@ -13,6 +13,7 @@ from triton_programs import compile_only, interpret
 from locret.kernels import append, attention, linear, rotate
 from locret.kernels.decode_attention import Angles
 from locret.kernels.linear import Norm
+from locret.kernels.scattered import Scattered, addresses
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 ROWS = (1, 2, 5, 16)
@@ -106,6 +107,7 @@ def elements():
             error(merge_triton(a.clone(memory_format=torch.preserve_format), b, *lse), want) / allowed
         )
         found[f"append {dtype}"] = _appended(append_triton, dtype)
+        found[f"append to scattered rows {dtype}"] = _scattered(append_triton, dtype)
     return found
 
 
@@ -113,14 +115,30 @@ def _appended(run, dtype):
     q, k, v = (numbers(2, 1, heads, 24, dtype=dtype, seed=heads).transpose(1, 2) for heads in (6, 3, 3))
     slabs = [numbers(2, heads, slots, 24, dtype=dtype, seed=5).clone() for heads, slots in ((3, 9), (3, 9), (6, 4))]
     twins = [slab.clone() for slab in slabs]
-    at, slot = torch.tensor([[0, 8, 4], [3, 3, 1]], device=DEVICE), torch.tensor([2], device=DEVICE)
+    at, slot = (torch.tensor(x, device=DEVICE) for x in ([[0, 8, 4], [3, 3, 1]], [[2, 2, 2], [0, 0, 0]]))
     run(q, k, v, slabs[0], slabs[1], at, slabs[2], slot)
     for row in range(2):
         for head in range(3):
             twins[0][row, head, at[row, head]] = k[row, head, 0]
             twins[1][row, head, at[row, head]] = v[row, head, 0]
-        twins[2][row, :, 2] = q[row, :, 0]
+        twins[2][row, :, slot[row, 0]] = q[row, :, 0]
     return 0.0 if all(torch.equal(*pair) for pair in zip(slabs, twins, strict=True)) else float("inf")
+
+
+def _scattered(run, dtype):
+    """Rows in slabs of 9, 1 and 4 slots; nothing else in them may change."""
+    q, k, v = (numbers(3, 1, heads, 24, dtype=dtype, seed=heads).transpose(1, 2) for heads in (6, 3, 3))
+    rows = [[numbers(1, 3, n, 24, dtype=dtype, seed=n + i).clone() for n in (9, 1, 4)] for i in range(2)]
+    twins = [[slab.clone() for slab in slabs] for slabs in rows]
+    at, slot = torch.tensor([[0, 8, 4], [0, 0, 0], [3, 1, 2]], device=DEVICE), torch.zeros(3, 3, dtype=torch.int64)
+    keys, values = (Scattered(slabs, addresses(slabs).to(DEVICE), 9) for slabs in rows)
+    run(q, k, v, keys, values, at, None, slot.to(DEVICE))
+    for i, new in enumerate((k, v)):
+        for row in range(3):
+            for head in range(3):
+                twins[i][row][0, head, at[row, head]] = new[row, head, 0]
+    pairs = [pair for i in range(2) for pair in zip(rows[i], twins[i], strict=True)]
+    return 0.0 if all(torch.equal(*pair) for pair in pairs) else float("inf")
 
 
 PROGRAM = "import json; from test_step_kernels import {0}; print(json.dumps({0}()))"
@@ -137,6 +155,7 @@ def test_the_interpreted_kernels_equal_their_torch_paths(group):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_append_in_torch(dtype):
     assert _appended(append.append, dtype) == 0.0
+    assert _scattered(append.append, dtype) == 0.0
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 37])

@@ -11,109 +11,162 @@ That scores may wait is a property of the method: each unit's depends on its own
 the queries are stashed until then. Other methods, layers with windows, units stored as codes and evicted caches under
 original positions take ordinary steps.
 
+`Step` is the step itself, of rows whose units lie anywhere; `StepGraph` are the steps of one reader, whose rows lie
+together. Rows of many readers: `slots`.
+
 Shapes: B rows, L layers, Hq/Hkv heads, R stashed steps, D head dim, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from locret.backbone import AttentionCall
-from locret.cache import LayerCache, Units
+from locret.backbone import AttentionCall, Backbone, Rope
+from locret.cache import KVCache, LayerCache, Units
 from locret.kernels.append import append
 from locret.kernels.decode_attention import Angles, Span, decode_attention
-from locret.methods.base import ChunkView
+from locret.kernels.scattered import Scattered
+from locret.methods.base import ChunkView, Method
 from locret.select import finite
 
 if TYPE_CHECKING:
     from locret.prefill import Reader
 
 MOST_STASHED = 64
+Slabs = Callable[[int], "tuple[Tensor | Scattered, Tensor | Scattered]"]  # K and V of a layer, [B, Hkv, S, D] each
 
 
-class StepGraph:
-    """The decode steps of one `Reader`. `step` as long as there is `room`; `flush` before anybody reads the cache.
+class Step:
+    """One decode step of B rows, in buffers whose addresses never change.
+
+    Everything that differs from step to step and from row to row is in `state`, int64 [4 L + 2, B, Hkv]:
+
+        tables   [2 L]  addresses of the heads' slabs, K of all layers and then V (`Scattered`); 0 if rows lie together
+        at       [L]    the slot of the next unit
+        stop     [L]    the one behind it
+        slot            of the stash
+        advance         what a step adds to at, stop and slot: 1; 0 for a row that stands idle
 
     Args:
+        stashed: R; 0: nothing is scored.
         capture: replay a CUDA graph; False: run the same step kernel by kernel (on a CPU, and for tests).
     """
 
-    def __init__(self, reader: Reader, angles: list[Angles | None], *, capture: bool) -> None:
-        # not the reader itself, which holds this: a cycle would keep the cache's memory until the collector comes by
-        self._backbone, self._method = reader.backbone, reader.method
-        self._cache, self._rope = reader.cache, reader.rope
-        self._angles, self._capture = angles, capture
-        backbone, cache = reader.backbone, reader.cache
-        rows, heads, layers = cache.batch, backbone.num_kv_heads, backbone.num_layers
-        device = backbone.device
+    def __init__(self, backbone: Backbone, rows: int, stashed: int, slabs: Slabs, *, capture: bool) -> None:
+        layers, heads, device = backbone.num_layers, backbone.num_kv_heads, backbone.device
+        self._backbone, self._slabs, self._capture = backbone, slabs, capture
         self._tokens = torch.zeros(rows, 1, dtype=torch.int64, device=device)
-        # the slot of the next unit, the one behind it, and the slot of the stash: counted up together
-        self._counters = torch.zeros(2 * layers * rows * heads + 1, dtype=torch.int64, device=device)
-        ends = self._counters[:-1].view(2, layers, rows, heads)
-        self._at, self._stop, self._slot = ends[0], ends[1], self._counters[-1:]
-        self._stash: Tensor | None = None
-        if reader.method.evicts and reader.plan.budget is not None:
-            steps = min(reader.plan.decode_interval, MOST_STASHED)
-            self._stash = torch.zeros(layers, rows, backbone.num_q_heads, steps, backbone.head_dim,
-                                      dtype=backbone.dtype, device=device)  # fmt: skip
-            cache.note_scratch(self._stash.nbytes)
-        self._pending = 0
-        self._good = torch.ones((), dtype=torch.bool, device=device)  # all scores written since the last `flush`
-        self._addresses: list[int] = []
+        self.state = torch.zeros(4 * layers + 2, rows, heads, dtype=torch.int64, device=device)
+        self.tables, self._counters, self._advance = self.state.split([2 * layers, 2 * layers + 1, 1])
+        self._at, self._stop, slot = self._counters.split([layers, layers, 1])
+        self._slot = slot[0]
+        self.stash: Tensor | None = None
+        if stashed:
+            self.stash = torch.zeros(layers, rows, backbone.num_q_heads, stashed, backbone.head_dim,
+                                     dtype=backbone.dtype, device=device)  # fmt: skip
+        self._angles: list[Angles | None] = []
+        self._seen: list[int] = []  # addresses that the captured graph has in it
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
-        self._stale = True  # counters and addresses are to be looked at again
 
-    @classmethod
-    def of(cls, reader: Reader, *, capture: bool) -> StepGraph | None:
-        """None where this reader's steps are not all alike."""
-        backbone, plan = reader.backbone, reader.plan
-        if reader.method.evicts and not reader.method.per_token:
-            return None
-        if any(not _plain(held) for held in reader.cache.layers) or getattr(reader.method, "wants_hidden", False):
-            return None
-        if plan.positions == "original" and plan.budget is not None:
-            return None
-        if capture and (backbone.fused is None or backbone.device.type != "cuda" or backbone.shard.size > 1):
-            return None  # under tensor parallelism a step talks to other processes
-        angles = [reader.rope.angles(layer) for layer in range(backbone.num_layers)]
-        if any(found is None and spec.rotated for found, spec in zip(angles, backbone.layers, strict=True)):
-            return None
-        return cls(reader, angles, capture=capture)
+    def prepare(self, rope: Rope, seen: Sequence[int]) -> None:
+        """A new capture if the rotation tables, or what the caller has `seen`, are not what they were."""
+        self._angles = [rope.angles(layer) for layer in range(self._backbone.num_layers)]
+        now = [*seen, *(angles.cos.data_ptr() for angles in self._angles if angles is not None)]
+        if self._capture and now != self._seen:
+            self._record()
+        self._seen = now
 
-    def room(self) -> bool:
-        """Whether every slab takes one more unit without an eviction."""
-        return all(held.held < len(held.slab) for held in self._cache.layers)
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """Read one token a row, [B]; returns logits [B, V]."""
-        if self._stash is not None and self._pending == self._stash.shape[3]:
-            self._write()
-        if self._stale:
-            self._refresh()
+    def run(self, tokens: Tensor) -> Tensor:
+        """Read one token a row, [B]; returns logits [B, V] in memory that the next run may write over."""
         self._tokens.copy_(tokens[:, None])
         if self._graph is not None:
             self._graph.replay()
         else:
             self._logits = self._forward()
-        self._pending += 1
-        for held in self._cache.layers:
-            held.held += 1
-        self._cache.seen += 1
         assert self._logits is not None
-        return self._logits.clone()  # the next replay writes over it
+        return self._logits
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+        """The `LayerContext` of a step."""
+        keys, values = self._slabs(layer)
+        append(q, k, v, keys, values, self._at[layer], None if self.stash is None else self.stash[layer], self._slot)
+        return decode_attention(
+            q, keys, values, scale=call.scale, span=Span(stop=self._stop[layer]), angles=self._angles[layer],
+            softcap=call.softcap,
+        )  # fmt: skip
+
+    def _forward(self) -> Tensor:
+        logits = self._backbone.run(self._tokens, self)
+        self._counters.add_(self._advance)
+        assert logits is not None
+        return logits[:, -1]
+
+    def _record(self) -> None:
+        before = self._counters.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._forward()  # compiles; what it writes, the first replay writes over
+        torch.cuda.current_stream().wait_stream(side)
+        self._counters.copy_(before)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._logits = self._forward()
+        self._graph = graph  # only now: a capture that fails, such as for want of memory, leaves the old one
+
+
+class StepGraph:
+    """The decode steps of one `Reader`. `step` as long as there is `room`; `flush` before anybody reads the cache."""
+
+    def __init__(self, reader: Reader, *, capture: bool) -> None:
+        # not the reader itself, which holds this: a cycle would keep the cache's memory until the collector comes by
+        self._backbone, self._method = reader.backbone, reader.method
+        self._cache = cache = reader.cache
+        self._rope = reader.rope
+        scored = reader.method.evicts and reader.plan.budget is not None
+        stashed = min(reader.plan.decode_interval, MOST_STASHED) if scored else 0
+        self._step = Step(reader.backbone, cache.batch, stashed, _dense(cache), capture=capture)
+        if self._step.stash is not None:
+            cache.note_scratch(self._step.stash.nbytes)
+        self._pending = 0
+        self._good = torch.ones(
+            (), dtype=torch.bool, device=reader.backbone.device
+        )  # all scores since the last `flush`
+        self._stale = True  # counters and addresses are to be looked at again
+
+    @classmethod
+    def of(cls, reader: Reader, *, capture: bool) -> StepGraph | None:
+        """None where this reader's steps are not all alike."""
+        if capture and not can_capture(reader.backbone):
+            return None
+        return cls(reader, capture=capture) if alike(reader) else None
+
+    def room(self) -> bool:
+        """Whether every slab takes one more unit without an eviction."""
+        return room(self._cache)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Read one token a row, [B]; returns logits [B, V]."""
+        if self._step.stash is not None and self._pending == self._step.stash.shape[3]:
+            self._write()
+        if self._stale:
+            self._refresh()
+        logits = self._step.run(tokens).clone()  # the next replay writes over it
+        self._pending += 1
+        count(self._cache, 1)
+        return logits
 
     def undo(self) -> None:
         """Take back the last step, if nothing was written since: the units that it added are forgotten."""
         assert self._pending, "a step that was flushed stays"
         self._pending -= 1
         self._stale = True
-        for held in self._cache.layers:
-            held.held -= 1
-        self._cache.seen -= 1
+        count(self._cache, -1)
 
     @torch.inference_mode()
     def flush(self) -> bool:
@@ -124,68 +177,86 @@ class StepGraph:
         return good
 
     def _write(self) -> None:
-        """Scores, positions and flags of the pending units."""
-        self._stale = True
-        count, self._pending = self._pending, 0
-        seen = self._cache.seen
-        for layer, held in enumerate(self._cache.layers if count else []):
-            units = held.slab[slice(held.held - count, held.held)].units()
-            units.position.copy_(torch.arange(seen - count, seen, device=units.position.device))
-            units.protected.fill_(False)
-            units.state.zero_()
-            units.score.zero_()
-            if self._stash is not None:
-                call = self._backbone.calls[layer]
-                view = ChunkView(layer, self._stash[layer][:, :, :count], units.k, units.v, seen - count, call.scale)
-                units.score.copy_(self._method.score(view))
-                self._good &= finite(units.score).to(self._good.device)
-
-    # ------------------------------------------------------------------ the step
-
-    def _forward(self) -> Tensor:
-        logits = self._backbone.run(self._tokens, self)
-        self._counters.add_(1)
-        assert logits is not None
-        return logits[:, -1]
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
-        """The `LayerContext` of a step."""
-        slab = self._cache.layers[layer].slab
-        assert isinstance(slab, Units)
-        stash = None if self._stash is None else self._stash[layer]
-        append(q, k, v, slab.k, slab.v, self._at[layer], stash, self._slot)
-        return decode_attention(
-            q, slab.k, slab.v, scale=call.scale, span=Span(stop=self._stop[layer]), angles=self._angles[layer],
-            softcap=call.softcap,
-        )  # fmt: skip
+        written, self._pending, self._stale = self._pending, 0, True
+        self._good &= write(self._backbone, self._method, self._cache, written, self._step.stash)
 
     def _refresh(self) -> None:
-        """Counters from the cache; a new capture if slabs or tables lie elsewhere than the graph thinks."""
+        """Counters from the cache; a new capture if its slabs lie elsewhere than the graph thinks."""
         layers = self._cache.layers
-        for index, held in enumerate(layers):
-            self._at[index].fill_(held.held)
-        self._stop.copy_(self._at + 1)
-        self._slot.fill_(self._pending)
+        self._step.state.copy_(row_state(self._cache, self._pending)[:, None], non_blocking=True)
         self._stale = False
         self._rope.grow(max(len(held.slab) for held in layers) + 1)
-        self._angles = [self._rope.angles(layer) for layer in range(len(layers))]
-        tables = [angles.cos.data_ptr() for angles in self._angles if angles is not None]
-        addresses = [*(held.slab.tensors()["k"].data_ptr() for held in layers), *tables]
-        if self._capture and addresses != self._addresses:
-            self._record()
-        self._addresses = addresses
+        self._step.prepare(self._rope, [held.slab.tensors()["k"].data_ptr() for held in layers])
 
-    def _record(self) -> None:
-        before = self._counters.clone()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self._forward()  # compiles; what it writes, the first replay writes over
-        torch.cuda.current_stream().wait_stream(side)
-        self._counters.copy_(before)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._logits = self._forward()
+
+def alike(reader: Reader) -> bool:
+    """Whether this reader's decode steps are all the same work."""
+    backbone, plan = reader.backbone, reader.plan
+    if reader.method.evicts and not reader.method.per_token:
+        return False
+    if any(not _plain(held) for held in reader.cache.layers) or getattr(reader.method, "wants_hidden", False):
+        return False
+    if plan.positions == "original" and plan.budget is not None:
+        return False
+    return all(reader.rope.angles(i) is not None or not spec.rotated for i, spec in enumerate(backbone.layers))
+
+
+def can_capture(backbone: Backbone) -> bool:
+    """Under tensor parallelism a step talks to other processes; transformers' modules may wait for the device."""
+    return backbone.fused is not None and backbone.device.type == "cuda" and backbone.shard.size == 1
+
+
+def room(cache: KVCache) -> bool:
+    """Whether every slab takes one more unit without an eviction."""
+    return all(held.held < len(held.slab) for held in cache.layers)
+
+
+def count(cache: KVCache, steps: int) -> None:
+    """Units that steps added, on the host."""
+    for held in cache.layers:
+        held.held += steps
+    cache.seen += steps
+
+
+def row_state(cache: KVCache, pending: int, tables: Tensor | None = None) -> Tensor:
+    """A row of `Step.state` for a cache whose last `pending` units are stashed, [4 L + 2, Hkv], on the host."""
+    heads = cache.layers[0].heads
+    held = [layer.held for layer in cache.layers]
+    numbers = torch.tensor([*held, *(n + 1 for n in held), pending, 1])[:, None].expand(-1, heads)
+    return torch.cat((torch.zeros(2 * len(held), heads, dtype=torch.int64) if tables is None else tables, numbers))
+
+
+def write(backbone: Backbone, method: Method, cache: KVCache, pending: int, stash: Tensor | None) -> Tensor:
+    """Scores, positions and flags of the pending units, the last ones of every layer.
+
+    Args:
+        stash: their queries, [L, B, Hq, R, D]; None: they are not scored.
+    Returns: whether all scores are finite, bool [], on the device.
+    """
+    good, seen = torch.ones((), dtype=torch.bool, device=backbone.device), cache.seen
+    for layer, held in enumerate(cache.layers if pending else []):
+        units = held.slab[slice(held.held - pending, held.held)].units()
+        units.position.copy_(torch.arange(seen - pending, seen, device=units.position.device))
+        units.protected.fill_(False)
+        units.state.zero_()
+        units.score.zero_()
+        if stash is not None:
+            scale = backbone.calls[layer].scale
+            view = ChunkView(layer, stash[layer][:, :, :pending], units.k, units.v, seen - pending, scale)
+            units.score.copy_(method.score(view))
+            good &= finite(units.score).to(good.device)
+    return good
+
+
+def _dense(cache: KVCache) -> Slabs:
+    """The slabs of one cache, wherever they lie by then."""
+
+    def slabs(layer: int) -> tuple[Tensor, Tensor]:
+        slab = cache.layers[layer].slab
+        assert isinstance(slab, Units)
+        return slab.k, slab.v
+
+    return slabs
 
 
 def _plain(held: LayerCache) -> bool:

@@ -201,7 +201,7 @@ class Reader:
         Raises: NumericsError: scores that are NaN or infinite.
         """
         if isinstance(self._graph, StepGraph) and not self._graph.flush():
-            raise _not_finite(self.method, self.cache.seen - MOST_STASHED, self.cache.seen)
+            raise not_finite(self.method, self.cache.seen - MOST_STASHED, self.cache.seen)
 
     def check_scores(self, after: Check | None = None) -> None:
         """Wait for the scores of the last pass. `after`: what is to be checked next time, or by the next pass: so the
@@ -380,7 +380,7 @@ class ChunkPass:
 
         def check() -> None:
             if not wait()[0]:
-                raise _not_finite(method, first, last)
+                raise not_finite(method, first, last)
 
         return check
 
@@ -477,7 +477,8 @@ def _joins(backbone: Backbone, method: Method) -> bool:
     return looks or any(call.softcap is not None for call in backbone.calls)
 
 
-def _not_finite(method: Method, first: int, last: int) -> NumericsError:
+def not_finite(method: Method, first: int, last: int) -> NumericsError:
+    """For scores of tokens first .. last that are NaN or infinite."""
     return NumericsError(
         f"method {method.name!r} gave NaN or infinite scores between tokens {max(0, first)} and {last}; the heads or "
         "the model's weights are broken, or the dtype overflows (try --dtype float32)"

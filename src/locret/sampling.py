@@ -25,7 +25,11 @@ from locret.config import Sampling
 
 
 class Sampler:
-    """Chooses the next token of every row; each row has random numbers of its own, so it draws what it draws alone."""
+    """Chooses the next token of every row; each row has random numbers of its own, so it draws what it draws alone.
+
+    Attributes:
+        plain: the likeliest token, no more: rows of several samplers can be chosen at once.
+    """
 
     def __init__(self, sampling: Sampling, rows: int, device: torch.device) -> None:
         self._greedy = sampling.temperature == 0
@@ -41,6 +45,7 @@ class Sampler:
                 self._filters.append(TopPLogitsWarper(sampling.top_p))
             if sampling.min_p > 0.0:
                 self._filters.append(MinPLogitsWarper(sampling.min_p))
+        self.plain = self._greedy and not self._filters
         seed = int.from_bytes(os.urandom(7)) if sampling.seed is None else sampling.seed
         self._generators = [torch.Generator(device).manual_seed(seed) for _ in range(rows)]
 

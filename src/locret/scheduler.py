@@ -15,13 +15,18 @@ the weights are read once a row. Otherwise: all slots run as one batch of a fixe
 up, and the weights are read once a step. A matrix product of one shape treats each row alike whatever stands in the
 others, so a request still gets the same tokens among others as alone in this scheduler; but a product of another shape
 may round differently, so they can differ from `LLM.generate`'s. (Mixtures of experts route rows into products of
-varying shapes: for them only `exact` promises anything.) Attention is per row in both.
+varying shapes: for them only `exact` promises anything.)
+
+Such a batch is one step of `slots.SlotsGraph`, on a GPU one replayed CUDA graph, for the requests whose next step is
+like any other. Those that evict in this round, and those whose method never has two steps alike, run as a second batch
+of as many rows, in which attention goes row by row.
 
 Shapes: B slots, T prompt, V vocabulary.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import threading
@@ -39,15 +44,18 @@ from locret.backbone import AttentionCall
 from locret.config import Sampling
 from locret.decode import Output, Stats, eos_ids, full_cache_bytes
 from locret.errors import CapacityError, ConfigError, NumericsError
+from locret.graph import MOST_STASHED
 from locret.plan import Footprint, Shape, footprint
-from locret.prefill import ChunkPass, Reader
+from locret.prefill import ChunkPass, Reader, not_finite
 from locret.sampling import Sampler, TextStream
+from locret.slots import SlotsGraph
 
 if TYPE_CHECKING:
     from locret.engine import LLM, Prompt
 
 _SHORT_CHUNKS = 4  # a prompt of more chunks than that is long: it leaves one slot free
 _PATIENCE = 16  # how often requests that fit may overtake one that does not fit yet
+_BAD_LOGITS, _BAD_SCORES = -1, -2  # in the place of a token
 
 
 class Status(StrEnum):
@@ -88,6 +96,7 @@ class Request:
     _sampler: Sampler | None = field(default=None, repr=False)
     _chunks: Iterator[tuple[int, Tensor | None]] | None = field(default=None, repr=False)
     _stats: Stats | None = field(default=None, repr=False)
+    _row: int | None = None  # in the step of all slots
     _left: int = 0  # prompt tokens not read yet
     _overtaken: int = 0
     _cancelled: bool = False
@@ -138,12 +147,14 @@ class Scheduler:
         chunk_seconds: prefill time that may, on average, come between two decode steps. One chunk is the least that is
             run, so a single gap can be as long as a chunk takes; a smaller `chunk_size` of the cache shortens it.
         exact: see the top of this file.
+        graph: with `exact=False`: requests whose steps are alike take one step together; False: attention goes row by
+            row, kernel by kernel.
         clock: seconds; for tests.
     """
 
     def __init__(
         self, llm: LLM, *, slots: int = 8, max_bytes: int | None = None, chunk_seconds: float = 0.1,
-        exact: bool = True, clock: Callable[[], float] = time.perf_counter,
+        exact: bool = True, graph: bool = True, clock: Callable[[], float] = time.perf_counter,
     ) -> None:  # fmt: skip
         for name, value in (("slots", slots), ("max_bytes", max_bytes), ("chunk_seconds", chunk_seconds)):
             if value is not None and not 0 < value < math.inf:
@@ -153,6 +164,7 @@ class Scheduler:
         self.requests: list[Request] = []  # in slots, in order of admission
         self.waiting: list[Request] = []
         self._inbox: deque[Request] = deque()  # submitted, perhaps by another thread, since the last step
+        self._graph = SlotsGraph.of(llm.backbone, llm.method, slots) if graph and not exact else None
         self._shape = Shape.of_backbone(llm.backbone)
         self._eos = eos_ids(llm.backbone)
         self._numbers, self._turn = itertools.count(), 0
@@ -308,7 +320,9 @@ class Scheduler:
             request._left -= done
             if logits is not None:
                 request.status = Status.DECODE
-                self._choose(request, logits)
+                self._choose([request], logits)
+                if self._graph is not None:
+                    request._row = self._graph.enter(request._reader)
         except Exception as error:
             self._fail(request, error)
             return self._clock() - started
@@ -335,50 +349,88 @@ class Scheduler:
 
     def _step_alone(self, request: Request) -> None:
         assert request._reader is not None
-        try:
+        with self._owned(request):
             token = torch.tensor([request.tokens[-1]], device=self.llm.backbone.device)
-            self._choose(request, request._reader.step(token))
-        except Exception as error:
-            self._fail(request, error)
+            self._choose([request], request._reader.step(token))
 
     def _step_together(self, rows: list[Request]) -> None:
-        """One forward pass of `slots` rows; what is no request's is a filler."""
-        readers = [r._reader for r in rows if r._reader is not None]
-        ids = torch.zeros(self.slots, 1, dtype=torch.int64, device=self.llm.backbone.device)
-        ids[: len(rows), 0] = torch.tensor([r.tokens[-1] for r in rows], device=ids.device)
-        together = _Rows(readers)
-        try:
-            logits = self.llm.backbone.run(ids, together)
-        except Exception as error:
-            for request in rows:  # a failure of the pass itself, such as no memory, has no owner
-                self._fail(request, error)
-            return
-        assert logits is not None
-        for i, request in enumerate(rows):
+        """At most two passes of `slots` rows each, and one wait for the device."""
+        alike = [r for r in rows if r._row is not None and self._graph is not None and self._graph.room(r._row)]
+        chosen: list[Request] = []
+        parts: list[Tensor] = []
+        for group, step in ((alike, self._step_alike), ([r for r in rows if r not in alike], self._step_rows)):
             try:
-                together.passes[i].finish(ids[i : i + 1], logits[i : i + 1])
-                readers[i].check_scores()
-                self._choose(request, logits[i : i + 1, -1])
+                logits = step(group) if group else []
             except Exception as error:
-                self._fail(request, error)
+                for request in group:  # a failure of the pass itself, such as no memory, has no owner
+                    self._fail(request, error)
+                continue
+            parts += logits
+            chosen += [request for request in group if not request.finished]
+        if chosen:
+            self._choose(chosen, torch.cat(parts))
 
-    def _choose(self, request: Request, logits: Tensor) -> None:
-        """Sample the next token from [1, V] and take it."""
-        assert request._sampler is not None
+    def _step_alike(self, requests: list[Request]) -> list[Tensor]:
+        """Logits [1, V] of requests that have rows in the graph, and room."""
+        assert self._graph is not None
+        rows = {r._row: r.tokens[-1] for r in requests if r._row is not None}
+        logits = self._graph.step(rows)
+        return [logits[row : row + 1] for row in rows]
+
+    def _step_rows(self, requests: list[Request]) -> list[Tensor]:
+        """Logits [1, V] of those that did not fail; what is no request's row is a filler."""
+        for request in requests:
+            if request._row is not None and self._graph is not None:
+                self._graph.settle(request._row)
+        together = _Rows([r._reader for r in requests if r._reader is not None])
+        ids = torch.zeros(self.slots, 1, dtype=torch.int64, device=self.llm.backbone.device)
+        ids[: len(requests), 0] = torch.tensor([r.tokens[-1] for r in requests], device=ids.device)
+        logits = self.llm.backbone.run(ids, together)
+        assert logits is not None
+        found = []
+        for i, request in enumerate(requests):
+            with self._owned(request):
+                together.passes[i].finish(ids[i : i + 1], logits[i : i + 1])
+                together.readers[i].check_scores()
+                found.append(logits[i : i + 1, -1])
+        return found
+
+    def _choose(self, requests: list[Request], logits: Tensor) -> None:
+        """Sample the next token of each from [n, V] and take it; the one wait for the device."""
+        clean = logits.nan_to_num(0.0, math.inf, -math.inf)
+        chosen = clean.float().argmax(-1)
+        for i, request in enumerate(requests):
+            assert request._sampler is not None
+            if not request._sampler.plain:
+                with self._owned(request):
+                    chosen[i : i + 1] = self._sample(request, request._sampler, clean[i : i + 1])
+        chosen = chosen.where(~logits.isnan().any(-1), _BAD_LOGITS)
+        if self._graph is not None:
+            chosen = chosen.where(self._graph.good([r._row for r in requests]), _BAD_SCORES)
+        for request, token in zip(requests, chosen.tolist(), strict=True):
+            with self._owned(request):
+                self._take(request, self._checked(request, token))
+
+    def _sample(self, request: Request, sampler: Sampler, logits: Tensor) -> Tensor:
+        """[1, V] to [1]."""
         penalised = request.sampling.repetition_penalty != 1.0
         ids = torch.tensor([request.prompt + request.tokens], device=logits.device) if penalised else logits
-        chosen = torch.where(
-            logits.isnan().any(-1), -1, request._sampler(ids, logits.nan_to_num(0.0, math.inf, -math.inf))
-        )
-        token = int(chosen)  # the one wait for the device
-        if token < 0:
+        return sampler(ids, logits)
+
+    def _checked(self, request: Request, token: int) -> int:
+        if token == _BAD_LOGITS:
             raise NumericsError(f"the logits of request {request.number} are NaN after {len(request.tokens)} tokens; "
                                 "its prompt or the model's weights overflow (try --dtype float32)")  # fmt: skip
-        if request.first_token_seconds is None:
-            request.first_token_seconds = self._clock() - request._submitted
-        self._take(request, token)
+        if token == _BAD_SCORES:
+            seen = len(request.prompt) + len(request.tokens)
+            raise not_finite(self.llm.method, seen - MOST_STASHED, seen)
+        return token
 
     def _take(self, request: Request, token: int) -> None:
+        if request.finished:
+            return  # it failed meanwhile
+        if request.first_token_seconds is None:
+            request.first_token_seconds = self._clock() - request._submitted
         text, piece = request._text, ""
         if token in self._eos:
             request._reason = "stop"
@@ -407,6 +459,14 @@ class Scheduler:
             finally:
                 self._lock.release()
 
+    @contextlib.contextmanager
+    def _owned(self, request: Request) -> Iterator[None]:
+        """What goes wrong in here fails this request only."""
+        try:
+            yield
+        except Exception as error:
+            self._fail(request, error)
+
     def _fail(self, request: Request, error: Exception) -> None:
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
             others = len([r for r in self.requests if r is not request])
@@ -426,6 +486,9 @@ class Scheduler:
                 request.status, request._reason = Status.CANCELLED, "cancelled"
             if request.finished:
                 request._stats = self._stats(request)
+                if request._row is not None and self._graph is not None:
+                    self._graph.leave(request._row)
+                request._row = None
                 request._reader = request._chunks = request._sampler = None
         self.requests = [r for r in self.requests if not r.finished]
         self.waiting = [r for r in self.waiting if not r.finished]

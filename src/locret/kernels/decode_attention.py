@@ -22,13 +22,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from locret.kernels.attention import prefix_causal_attention
+from locret.kernels.scattered import Scattered
 from locret.kernels.switch import use_triton
 
+Slab: TypeAlias = "Tensor | Codes | Scattered"
 ApplyRope = Callable[..., tuple[Tensor, Tensor]]
 MOST_ROWS = 64  # G * T of one tile in the kernel
 
@@ -124,27 +127,34 @@ class Span:
         position = zeros[:, :1] if self.first_position is None else self.first_position[:, None]
         return first, stop, position
 
+    def row(self, i: int) -> Span:
+        """Of one row."""
+        own = (None if x is None else x[i : i + 1] for x in (self.first_unit, self.stop, self.first_position))
+        return Span(*own)
+
 
 EVERYTHING = Span()
 
 
 def decode_attention(
-    q: Tensor, k: Tensor | Codes, v: Tensor | Codes, *, scale: float, span: Span = EVERYTHING,
+    q: Tensor, k: Slab, v: Slab, *, scale: float, span: Span = EVERYTHING,
     angles: Angles | None = None, softcap: float | None = None, bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The definition above.
 
     Args:
         q: [B, Hq, T, D], before RoPE if `angles` are given; T small.
-        k, v: [B, Hkv, S, D] of one kind, any strides; k before RoPE if `angles` are given.
+        k, v: [B, Hkv, S, D] of one kind, any strides; k before RoPE if `angles` are given. Rows may lie apart
+            (`Scattered`), numbers in q's dtype; then without bias.
         scale: factor on the logits.
         angles: tables that reach the last position.
         softcap: logits become softcap * tanh(logits / softcap).
         bias: added to the logits after the softcap, [B, Hkv, S]; -inf hides a slot.
     Returns: [B, Hq, T, D] in q's dtype; zeros for a query that sees no slot.
     """
-    assert isinstance(k, Codes) == isinstance(v, Codes), "K and V are stored alike"
-    rows = q.shape[1] // (k.codes if isinstance(k, Codes) else k).shape[1] * q.shape[2]
+    assert type(k) is type(v), "K and V are stored alike"
+    heads = k.heads if isinstance(k, Scattered) else (k.codes if isinstance(k, Codes) else k).shape[1]
+    rows = q.shape[1] // heads * q.shape[2]
     if rows <= MOST_ROWS and q.dtype != torch.float64 and use_triton("decode_attention", q):
         from locret.kernels.decode_attention_triton import decode_attention_triton
 
@@ -153,10 +163,19 @@ def decode_attention(
 
 
 def torch_decode_attention(
-    q: Tensor, k: Tensor | Codes, v: Tensor | Codes, *, scale: float, span: Span = EVERYTHING,
+    q: Tensor, k: Slab, v: Slab, *, scale: float, span: Span = EVERYTHING,
     angles: Angles | None = None, softcap: float | None = None, bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`decode_attention` in torch: K and V decoded, keys rotated, in memory of their own."""
+    if isinstance(k, Scattered) and isinstance(v, Scattered):
+        return torch.cat([
+            torch_decode_attention(
+                q[i : i + 1], k.slabs[i], v.slabs[i], scale=scale, span=span.row(i), angles=angles, softcap=softcap
+            )
+            for i in range(len(q))
+        ])  # fmt: skip
+    assert not isinstance(k, Scattered)
+    assert not isinstance(v, Scattered)
     keys, values = (x.decode() if isinstance(x, Codes) else x for x in (k, v))
     if angles is not None:
         q, keys = _rotated(q, keys, span, angles)

@@ -22,10 +22,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from locret.kernels.decode_attention import Angles, Codes, Span
+from locret.kernels.decode_attention import Angles, Codes, Slab, Span
+from locret.kernels.scattered import Scattered
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # its dot multiplies the bits of bf16 as if they were numbers
 LONGEST_STRETCH = 1024
+SCATTERED_STRETCH = 512  # always: where a row is cut must not depend on how long the others are
+
+
+@triton.jit
+def _at(entry, like, ALIGNED: tl.constexpr):
+    """The pointer that a table holds, to numbers of `like`'s type; what is known to be aligned is loaded in one go."""
+    pointer = tl.load(entry).to(tl.pointer_type(like.dtype.element_ty))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
 
 
 @triton.jit
@@ -67,7 +78,7 @@ def _leveled(codes, levels, KIND: tl.constexpr, GROUP: tl.constexpr):
     rows: tl.constexpr = codes.shape[0]
     groups: tl.constexpr = codes.shape[1] // GROUP
     both = levels[:, :, None]
-    if KIND == tl.bfloat16:
+    if KIND == tl.bfloat16:  # noqa: SIM300
         scale, zero = (both << 16).to(tl.float32, bitcast=True), (both & -65536).to(tl.float32, bitcast=True)
     else:
         scale = both.to(tl.int16).to(KIND, bitcast=True).to(tl.float32)
@@ -122,7 +133,7 @@ def _split(
     PAIR_STEP: tl.constexpr, SECOND: tl.constexpr, REST: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, BYTES: tl.constexpr, LEVELS: tl.constexpr,
-    CAPPED: tl.constexpr, UPCAST: tl.constexpr,
+    CAPPED: tl.constexpr, UPCAST: tl.constexpr, SCATTERED: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     i, h = head // heads, head % heads
@@ -137,8 +148,12 @@ def _split(
         stop = tl.load(stop_ptr + head).to(tl.int64)
     if position_ptr is not None:
         base = tl.load(position_ptr + i).to(tl.int64)
-    k_ptr += i * k_b + h * k_h
-    v_ptr += i * v_b + h * v_h
+    if SCATTERED:  # k_ptr and v_ptr are tables of addresses
+        k_ptr = _at(k_ptr + head, q_ptr, ALIGNED)
+        v_ptr = _at(v_ptr + head, q_ptr, ALIGNED)
+    else:
+        k_ptr += i * k_b + h * k_h
+        v_ptr += i * v_b + h * v_h
     if BITS != 0:
         k_scale += i * ks_b + h * ks_h
         k_zero += i * ks_b + h * ks_h
@@ -274,13 +289,13 @@ class Tile:
     stages: int = 2  # of slots on their way
 
 
-def default_tile(dim: int, element_size: int) -> Tile:
-    """At most 16 KB of keys at once."""
-    return Tile(64 if triton.next_power_of_2(dim) * element_size <= 256 else 32)
+def default_tile(dim: int, element_size: int, *, coded: bool = False) -> Tile:
+    """At most 16 KB of keys at once; as they are, two further blocks are on their way meanwhile."""
+    return Tile(64 if triton.next_power_of_2(dim) * element_size <= 256 else 32, stages=2 if coded else 3)
 
 
 def decode_attention_triton(
-    q: Tensor, k: Tensor | Codes, v: Tensor | Codes, scale: float, span: Span, angles: Angles | None,
+    q: Tensor, k: Slab, v: Slab, scale: float, span: Span, angles: Angles | None,
     softcap: float | None, bias: Tensor | None, *, out: Tensor | None = None, tile: Tile | None = None,
 ) -> Tensor:  # fmt: skip
     """`decode_attention`, into `out` (contiguous, like q) if given.
@@ -290,12 +305,14 @@ def decode_attention_triton(
     batch, num_q, t, dim = q.shape
     k_x, k_scale, k_zero = _parts(k)
     v_x, v_scale, v_zero = _parts(v)
-    heads, slots = k_x.shape[1:3]
+    heads, slots = (k.heads, k.slots) if isinstance(k, Scattered) else k_x.shape[1:3]
     rows = num_q // heads * t
-    tile = tile or default_tile(dim, q.element_size())
+    tile = tile or default_tile(dim, q.element_size(), coded=isinstance(k, Codes))
     fixed = constants(dim, num_q // heads, t, tile.slots, k, angles)
     fixed |= dict(CAPPED=softcap is not None, UPCAST=INTERPRETED and q.dtype == torch.bfloat16)
-    stretch = tile.stretch or _stretch(slots, batch * heads, tile.slots, q.device)
+    fixed |= dict(SCATTERED=isinstance(k, Scattered), ALIGNED=isinstance(k, Scattered) and k.aligned)
+    cut = SCATTERED_STRETCH if isinstance(k, Scattered) else _stretch(slots, batch * heads, tile.slots, q.device)
+    stretch = tile.stretch or cut
     splits = triton.cdiv(slots, stretch)
     part = torch.empty(batch * heads, splits, rows, dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(batch * heads, splits, rows, dtype=torch.float32, device=q.device)
@@ -310,7 +327,7 @@ def decode_attention_triton(
     _split[(splits, batch * heads)](
         q, k_x, v_x, k_scale, k_zero, v_scale, v_zero, cos, sin, first, stop, position, bias, part, lse,
         slots, stretch, heads, scale, softcap or 0.0,
-        *q.stride()[:3], *k_x.stride()[:3], *v_x.stride()[:3], *_strides(k_scale), *_strides(v_scale),
+        *q.stride()[:3], *_steps(k, k_x), *_steps(v, v_x), *_strides(k_scale), *_strides(v_scale),
         *((0, 0) if bias is None else bias.stride()[:2]), 0 if cos is None else cos.stride(0),
         **fixed, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -320,9 +337,7 @@ def decode_attention_triton(
     return out
 
 
-def constants(
-    dim: int, groups: int, t: int, block: int, k: Tensor | Codes, angles: Angles | None
-) -> dict[str, int | bool]:
+def constants(dim: int, groups: int, t: int, block: int, k: Slab, angles: Angles | None) -> dict[str, int | bool]:
     """What `_split` is compiled for. block: slots at once."""
     pairs = (dim + 1) // 2 if angles is None else angles.cos.shape[1]
     interleaved = angles is not None and angles.interleaved
@@ -353,7 +368,9 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _parts(x: Tensor | Codes) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _parts(x: Slab) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    if isinstance(x, Scattered):
+        return x.table, None, None
     if not isinstance(x, Codes):
         return _rows(x), None, None
     scale, zero = _rows(x.scale), _rows(x.zero)
@@ -365,6 +382,11 @@ def _parts(x: Tensor | Codes) -> tuple[Tensor, Tensor | None, Tensor | None]:
 def _rows(x: Tensor) -> Tensor:
     """A row's numbers lie together."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _steps(x: Slab, numbers: Tensor) -> tuple[int, ...]:
+    """From row to row, head to head and unit to unit; a table has the first two in it."""
+    return (0, 0, x.head_dim) if isinstance(x, Scattered) else numbers.stride()[:3]
 
 
 def _strides(x: Tensor | None) -> tuple[int, ...]:

@@ -1,0 +1,51 @@
+"""K or V of rows whose slabs lie apart: where each row's heads begin is a table on the device.
+
+A captured kernel has its arguments fixed; what it finds at their addresses may change. So with a table between, rows
+come and go, and no new capture is needed.
+
+Shapes: B rows, Hkv KV heads, S_i slots of row i, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 16  # bytes that the kernels load at once
+
+
+@dataclass(frozen=True)
+class Scattered:
+    """Stands for a slab [B, Hkv, S, D]. A unit's numbers lie together, and so do a head's units."""
+
+    slabs: Sequence[Tensor]  # of every row, [1, Hkv, S_i, D]: what torch paths read
+    table: Tensor  # address of every row's and head's first unit, int64, [B, Hkv], contiguous: what kernels read
+    slots: int  # at least the longest row's: decides the launches
+
+    @property
+    def heads(self) -> int:
+        return self.table.shape[1]
+
+    @property
+    def head_dim(self) -> int:
+        return self.slabs[0].shape[3]
+
+    @property
+    def aligned(self) -> bool:
+        """Whether every unit begins at a multiple of `ALIGNMENT` bytes; `addresses` sees to the first ones."""
+        return self.head_dim * self.slabs[0].element_size() % ALIGNMENT == 0
+
+
+def addresses(slabs: Sequence[Tensor]) -> Tensor:
+    """Rows for tables, int64 on the host, [len(slabs), Hkv]. slabs: [1, Hkv, S, D] each, of one sequence."""
+    heads = slabs[0].shape[1]
+    for slab in slabs:
+        assert slab.shape[0] == 1, "a row is one sequence"
+        assert slab.stride()[2:] == (slab.shape[3], 1), "a head's units lie together"
+        assert slab.data_ptr() % ALIGNMENT == 0, "allocators align more than that"
+    first = torch.tensor([slab.data_ptr() for slab in slabs])
+    step = torch.tensor([slab.stride(1) * slab.element_size() for slab in slabs])
+    return first[:, None] + step[:, None] * torch.arange(heads)

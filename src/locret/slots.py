@@ -1,0 +1,176 @@
+"""The decode steps of many requests as one: a row of `graph.Step` each, and rows come and go without a new capture.
+
+Every reader keeps its own cache. Which slabs a row reads and writes stands in a table on the device; entering, leaving
+and stepping aside change one row of it. A row that nobody has, or whose request evicts in this round, stands idle: it
+works on a slab of one unit, and nobody looks at what comes out.
+
+What a row gets does not depend on the others: products have one shape, whoever is there; attention cuts every row at
+the same slots; scores are written a row at a time, when its own stash is full.
+
+Shapes: B rows, L layers, Hkv KV heads, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from locret.backbone import Backbone, Rope, model_length
+from locret.cache import Units
+from locret.graph import MOST_STASHED, Step, alike, can_capture, count, room, row_state, write
+from locret.kernels.decode_attention import MOST_ROWS
+from locret.kernels.scattered import Scattered, addresses
+from locret.kernels.switch import use_triton
+from locret.methods.base import Method
+from locret.prefill import Reader
+
+_BLOCK = 1024  # the longest slab that launches are made for is rounded up to these
+
+
+class SlotsGraph:
+    """One decode step for up to B readers of one sequence each.
+
+    Args:
+        rows: B.
+        capture: replay a CUDA graph; False: run the same step kernel by kernel (on a CPU, and for tests).
+    """
+
+    def __init__(self, backbone: Backbone, method: Method, rows: int, *, capture: bool) -> None:
+        self._backbone, self._method = backbone, method
+        layers, device = backbone.num_layers, backbone.device
+        self._dummy = torch.zeros(1, backbone.num_kv_heads, 1, backbone.head_dim, dtype=backbone.dtype, device=device)
+        self._slabs = [[self._dummy] * rows for _ in range(2 * layers)]  # K of all layers, then V
+        self._scattered: list[Scattered] = []
+        self._step = Step(backbone, rows, MOST_STASHED if method.evicts else 0, self._layer, capture=capture)
+        idle = [*[0] * layers, *[1] * layers, 0, 0]  # at, stop, slot, advance
+        self._idle = torch.cat((addresses([self._dummy] * 2 * layers),
+                                torch.tensor(idle)[:, None].expand(-1, backbone.num_kv_heads)))  # fmt: skip
+        # as for the longest prompt: of families whose frequencies depend on the length, the others' readers stay out
+        self._rope = backbone.rope(_BLOCK + 1, model_length(backbone.model))
+        self._longest = self._reached = 0  # slots of the longest slab so far; what launches are made for
+        self._readers: list[Reader | None] = [None] * rows
+        self._pending = [0] * rows
+        self._running: list[bool | None] = [None] * rows  # what the device has; None: to be looked at again
+        self._left = [0] * rows  # steps until a running row's cache is full
+        self._good = torch.ones(rows + 1, dtype=torch.bool, device=device)  # the last one stands for no row
+
+    @classmethod
+    def of(cls, backbone: Backbone, method: Method, rows: int) -> SlotsGraph | None:
+        """None where no reader's steps are alike by method or model, or where they cannot be captured on a GPU."""
+        if (method.evicts and not method.per_token) or any(layer.window is not None for layer in backbone.layers):
+            return None
+        on_gpu = backbone.device.type != "cpu"
+        if on_gpu and not (can_capture(backbone) and _reads_tables(backbone)):
+            return None
+        return cls(backbone, method, rows, capture=on_gpu)
+
+    def enter(self, reader: Reader) -> int | None:
+        """Give a reader a row; None: its steps are not like the others'."""
+        if reader.cache.batch != 1 or not alike(reader) or not self._same_angles(reader.rope):
+            return None
+        row = self._readers.index(None)
+        self._readers[row], self._pending[row] = reader, 0
+        self._good[row].fill_(True)
+        if self._step.stash is not None:
+            reader.cache.note_scratch(self._step.stash[:, row].nbytes)
+        return row
+
+    def leave(self, row: int) -> None:
+        """Nothing of the reader is held any more, and nothing is written to its cache."""
+        self._readers[row], self._pending[row], self._running[row] = None, 0, None
+        for slabs in self._slabs:
+            slabs[row] = self._dummy
+
+    def room(self, row: int) -> bool:
+        """Whether the row's cache takes one more unit without an eviction."""
+        return self._left[row] > 0 if self._running[row] else room(self._reader(row).cache)
+
+    def step(self, tokens: Mapping[int, int]) -> Tensor:
+        """Read one token each in some rows that have `room`; returns logits [B, V], in memory of the next step."""
+        for row, reader in enumerate(self._readers):
+            full = self._step.stash is not None and self._pending[row] == self._step.stash.shape[3]
+            if reader is not None and (full or row not in tokens):
+                self.settle(row)
+            if self._running[row] != (row in tokens):
+                self._write_row(row, running=row in tokens)
+        self._reach()
+        ids = [tokens.get(row, 0) for row in range(len(self._readers))]
+        logits = self._step.run(torch.tensor(ids, device=self._backbone.device))
+        for row in tokens:
+            self._pending[row] += 1
+            self._left[row] -= 1
+            count(self._reader(row).cache, 1)
+        return logits
+
+    def settle(self, row: int) -> None:
+        """Make the row's cache whole: scores and positions of the units that steps added. Waits for nothing."""
+        reader, pending = self._reader(row), self._pending[row]
+        if not pending:
+            return
+        stash = None if self._step.stash is None or reader.plan.budget is None else self._step.stash[:, row : row + 1]
+        self._good[row] &= write(self._backbone, self._method, reader.cache, pending, stash)
+        self._pending[row], self._running[row] = 0, None
+
+    def good(self, rows: Sequence[int | None]) -> Tensor:
+        """Whether all scores written so far are finite: bool, one a row given, on the device; True for None."""
+        return torch.stack([self._good[-1 if row is None else row] for row in rows])
+
+    # ------------------------------------------------------------------ rows
+
+    def _reader(self, row: int) -> Reader:
+        reader = self._readers[row]
+        assert reader is not None, f"nobody has row {row}"
+        return reader
+
+    def _layer(self, layer: int) -> tuple[Scattered, Scattered]:
+        return self._scattered[layer], self._scattered[layer + self._backbone.num_layers]
+
+    def _write_row(self, row: int, *, running: bool) -> None:
+        """Tell the device where the row's slabs lie and how full they are, or that it stands idle."""
+        numbers, slabs = self._idle, [self._dummy] * len(self._slabs)
+        if running:
+            cache = self._reader(row).cache
+            held = [layer.slab for layer in cache.layers]
+            slabs = [slab.k for slab in held if isinstance(slab, Units)]
+            slabs += [slab.v for slab in held if isinstance(slab, Units)]
+            numbers = row_state(cache, self._pending[row], tables=addresses(slabs))
+            self._left[row] = min(len(layer.slab) - layer.held for layer in cache.layers)
+            self._longest = max(self._longest, *(slab.shape[2] for slab in slabs))
+        for own, slab in zip(self._slabs, slabs, strict=True):
+            own[row] = slab
+        self._step.state[:, row].copy_(numbers, non_blocking=True)
+        self._running[row] = running
+
+    def _reach(self) -> None:
+        """Launches and rotation tables for the longest slab; a new capture if they were made for shorter ones."""
+        if self._longest <= self._reached:
+            return
+        wanted = -(-max(self._longest, self._reached * 5 // 4) // _BLOCK) * _BLOCK
+        self._rope.grow(wanted + 1)
+        tables = self._step.tables
+        self._scattered = [Scattered(slabs, table, wanted) for slabs, table in zip(self._slabs, tables, strict=True)]
+        self._step.prepare(self._rope, [wanted])
+        self._reached = wanted
+
+    def _same_angles(self, rope: Rope) -> bool:
+        """Whether a reader's rotation tables begin as the common ones do, or the other way round."""
+        kinds = {spec.rope_type: layer for layer, spec in enumerate(self._backbone.layers) if spec.rotated}
+        for layer in kinds.values():
+            mine, theirs = self._rope.angles(layer), rope.angles(layer)
+            if mine is None or theirs is None or mine.interleaved != theirs.interleaved:
+                return False
+            shared = min(len(mine.cos), len(theirs.cos))
+            for a, b in ((mine.cos, theirs.cos), (mine.sin, theirs.sin)):
+                if not torch.equal(a[:shared], b[:shared]):
+                    return False
+        return True
+
+
+def _reads_tables(backbone: Backbone) -> bool:
+    """Whether kernels find the rows. The torch paths go by the list of slabs: a capture would never see it change."""
+    like = torch.empty(0, dtype=backbone.dtype, device=backbone.device)
+    groups = backbone.num_q_heads // backbone.num_kv_heads
+    fits = groups <= MOST_ROWS and backbone.dtype != torch.float64
+    return fits and use_triton("append", like) and use_triton("decode_attention", like)
