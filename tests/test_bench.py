@@ -43,6 +43,17 @@ def test_every_engine_length_and_batch_is_a_row() -> None:
     assert llm.backbone.model.config._attn_implementation == "sdpa"
 
 
+def test_a_batch_does_not_pay_for_the_larger_one_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its copies are gone when the peak starts anew."""
+    llm = llm_of(**OPTIONS)
+    engine, empty = bench._Locret(llm, Shape.of_backbone(llm.backbone)), []
+    monkeypatch.setattr(bench, "_reset_peak", lambda device: empty.append(engine._reader is None))
+    with torch.inference_mode():
+        run = bench._case(engine, torch.arange(3, 60)[None], [3, 1], 3)
+    assert run.tpot.keys() == {3, 1}
+    assert empty == [True, True, True]
+
+
 def test_the_two_engines_run_the_same_model() -> None:
     """With everything kept: equal logits, of the prompt and of a step at a batch."""
     llm = llm_of(budget=500, chunk_size=16)
