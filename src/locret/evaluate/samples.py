@@ -33,7 +33,9 @@ from locret.tasks.records import Record, Turn
 
 Progress = Callable[[int, int], object]
 # modules of `locret.tasks` that write training samples only, or judge answers
-NOT_EVALUATED = frozenset({"base", "build", "families", "metrics", "mixture", "relations", "rouge", "wordings"})
+NOT_EVALUATED = frozenset(
+    {"base", "build", "families", "metrics", "mixture", "relations", "repoqa", "rouge", "wordings"}
+)
 
 
 class Samples:
