@@ -61,7 +61,10 @@ class Samples:
         )  # fmt: skip
         records = list(itertools.islice(self.source.records(request), count))
         if not records:
-            raise DataError(f"task {block.task!r} has no samples")
+            where = (request.public or {}).get("path")
+            raise DataError(
+                f"task {block.task!r} has no samples" + (f"; there are no rows in {where}" if where else "")
+            )
         return records
 
     def first(self, block: Block) -> Record:
