@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import locret
-from locret.cli import main
+from locret.cli import main, output
 from locret.cli.inspect import remaining, token_texts
 from locret.decode import Output, Stats
 from locret.errors import ConfigError, DataError
@@ -479,3 +479,10 @@ def test_output_survives_a_terminal_without_unicode() -> None:
     )
     assert result.returncode == 0, result.stderr.decode()
     assert b"? done" in result.stdout
+
+
+def test_the_first_column_of_a_table_is_whole_on_a_narrow_terminal(monkeypatch, capsys):
+    """`locret eval --compare` and `locret methods` cut the names of tasks and methods at 80 columns."""
+    monkeypatch.setenv("COLUMNS", "40")
+    output.table(("name", "text"), [("expected_attention_and_more", "a b c " * 20)])
+    assert "expected_attention_and_more" in capsys.readouterr().out

@@ -5,13 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import build_tiny_model
-from oracles import relative, tokens, write_mergers
-from safetensors import safe_open
-from safetensors.torch import save_file
+from oracles import relative, tokens
 
 from locret.backbone import Backbone
-from locret.errors import BackboneError, ConfigError, DataError, HeadsError
-from locret.lococo import ConvMerge, Mergers, column_sums, compress, follow_loss, train
+from locret.errors import BackboneError, ConfigError, DataError
+from locret.lococo import ConvMerge, column_sums, compress, follow_loss, train
 
 
 def units(n=30, d=4, seed=0):
@@ -171,50 +169,3 @@ def test_bad_input_is_refused():
         train(Backbone(build_tiny_model("llama")), [tokens(20)], prompt_len=40, budget=10)
     with pytest.raises(BackboneError, match="softcap or a sliding window"):
         train(Backbone(build_tiny_model("gemma2")), [tokens(50)], prompt_len=40, budget=10)
-
-
-# ---------------------------------------------------------------------- files
-
-
-@pytest.fixture
-def file(tmp_path):
-    return write_mergers(tmp_path / "m.safetensors", Backbone(build_tiny_model("llama")), mix=0.25)
-
-
-def test_a_file_gives_back_what_was_saved(tmp_path, file):
-    first = Mergers.load(file)
-    assert (len(first), first.slots, first[1].mix.item()) == (2, 5, 0.25)
-    assert first.backbone == Backbone(build_tiny_model("llama")).fingerprint()
-    assert not any(p.requires_grad for p in first.parameters())
-    first.save(tmp_path / "again")
-    again = Mergers.load(tmp_path / "again")
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
-
-
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda t: t.pop("0.mix"), r"0.mix is missing; wanted \[\] in a file of 2 layers"),
-    (lambda t: t.update({"1.conv.bias": torch.zeros(4)}), r"1.conv.bias is \[4\]; wanted \[5\]"),
-    (lambda t: t.update({"0.fc1.weight": torch.zeros(4)}), r"unexpected \['0.fc1.weight'\]"),
-    (lambda t: t.update({"3.mix": torch.zeros(())}), r"2.conv.bias is missing"),
-    (lambda t: t["1.mix"].fill_(float("nan")), r"1.mix holds NaN"),
-    (lambda t: t.update({"0.mix": torch.zeros((), dtype=torch.int64)}), r"0.mix holds NaN, infinite or whole numbers"),
-    (lambda t: t.update({"0.conv.weight": torch.zeros(5, 15, 5)}), r"0.conv.weight is \[5, 15, 5\]; wanted \[slots"),
-])  # fmt: skip
-def test_a_file_with_other_tensors_is_refused(file, change, message):
-    with safe_open(file, framework="pt") as opened:
-        tensors, about = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()  # noqa: SIM118
-    change(tensors)
-    save_file(tensors, file, metadata=about)
-    with pytest.raises(HeadsError, match=message):
-        Mergers.load(file)
-
-
-def test_files_that_are_something_else_are_refused(tmp_path, file):
-    with pytest.raises(HeadsError, match="is no file"):
-        Mergers.load(tmp_path / "nowhere")
-    save_file({"0.mix": torch.zeros(())}, tmp_path / "other")
-    with pytest.raises(HeadsError, match="holds no mergers of this version"):
-        Mergers.load(tmp_path / "other")
-    file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(HeadsError, match="truncated"):
-        Mergers.load(file)

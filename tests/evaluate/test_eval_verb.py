@@ -186,7 +186,9 @@ def test_compare_and_report(flags: list[str], tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["eval"], "no grid; give a TOML file"),
         (["eval", "--output", "X"], "no grid; give a TOML file"),
+        (["eval", "--report", "a"], "add --output DIR"),
         (["eval", "--tasks", "key"], "add --output DIR"),
         (["eval", "--tasks", "keey", "--output", "X"], "did you mean 'key'"),
         (["eval", "--tasks", "key", "--methods", "fulll", "--output", "X"], "did you mean 'full'"),

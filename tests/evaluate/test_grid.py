@@ -94,6 +94,13 @@ def test_public_sets_have_the_lengths_they_have() -> None:
         (dict(cache={"positoins": "compact"}), "did you mean 'positions'"),
         (dict(part=[{"method": ["full"]}]), "did you mean 'methods'"),
         (dict(part=[{"methods": ["fulll"]}]), "did you mean 'full'"),
+        (dict(tasks=[3]), "list of names"),
+        (dict(query_aware=1), "query_aware is 1; it must be true or false"),
+        (dict(answer_prefix="no"), "answer_prefix is 'no'; it must be true or false"),
+        (dict(model=3), "model is 3; it must be a text"),
+        (dict(public=3), "public is 3; it must be a table"),
+        (dict(public={"longbench/qasper": "data"}), r"a table a set, .*; longbench/qasper is 'data'"),
+        (dict(public={"longbench/qasper": {"paht": "x"}}), "did you mean 'path'"),
     ],
 )
 def test_bad_grids_say_what_is_wrong(changes: dict[str, Any], message: str) -> None:
@@ -104,6 +111,10 @@ def test_bad_grids_say_what_is_wrong(changes: dict[str, Any], message: str) -> N
 def test_names_are_checked_against_what_there_is() -> None:
     with pytest.raises(ConfigError, match="did you mean 'key'"):
         grid(tasks=["kee"]).check_names(["key", "turns"])
+    with pytest.raises(ConfigError, match="did you mean 'ruler'"):
+        grid(tasks=["rulr"]).check_names(["key"], ["ruler"])
+    with pytest.raises(ConfigError, match=r'\[public\."longbench/qasper"\] with path = '):
+        grid(tasks=["longbench/qasper"]).check_names(["key"])
     grid(tasks=["key", "qasper"], public={"qasper": {}}).check_names(["key"])
 
 

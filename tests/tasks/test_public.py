@@ -376,6 +376,9 @@ def test_kvpress_rows_of_others_are_scored_by_task(tmp_path):
     assert record.metric == "token_f1"
     with pytest.raises(DataError, match='add a column "metric"'):
         list(load_public("kvpress", path=write(tmp_path / "b.jsonl", {**row, "task": "other"})))
+    del row["question"]
+    with pytest.raises(DataError, match=r"c\.jsonl:1: a row of kvpress has a field 'question'; this one has answer"):
+        list(load_public("kvpress", path=write(tmp_path / "c.jsonl", row)))
 
 
 def test_kvpress_cannot_have_two_prefixes_for_one_context():

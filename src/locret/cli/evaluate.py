@@ -21,7 +21,7 @@ from locret.errors import ConfigError
 
 if TYPE_CHECKING:
     from locret.backbone import Backbone
-    from locret.evaluate.compare import Comparison
+    from locret.evaluate.compare import Change, Comparison
     from locret.evaluate.grid import Grid
     from locret.evaluate.samples import Samples
     from locret.evaluate.source import Source
@@ -131,19 +131,24 @@ def evaluate(
         "batch_tokens": batch_tokens, "model": model, "heads": heads, "dtype": dtype,
     }  # fmt: skip
     given = {name: value for name, value in flags.items() if value is not None}
+    if report:
+        _report(report, _somewhere(destination), output)
+        return
+    wanted = _grid(grid, given)
     if prepare is not None:
-        _prepare(_grid(grid, given), sample_files, prepare)
+        _prepare(wanted, sample_files, prepare)
         return
     if export_kvpress is not None:
-        _export(_grid(grid, given), export_kvpress)
-        return
-    if destination is None:
-        raise ConfigError("nowhere to write to; add --output DIR")
-    if report:
-        _report(report, destination, output)
+        _export(wanted, export_kvpress)
         return
     deadline = None if stop_after is None else started + stop_after
-    _run(_grid(grid, given), destination, device, output, sample_files, deadline)
+    _run(wanted, _somewhere(destination), device, output, sample_files, deadline)
+
+
+def _somewhere(destination: Path | None) -> Path:
+    if destination is None:
+        raise ConfigError("nowhere to write to; add --output DIR")
+    return destination
 
 
 def _grid(path: Path | None, flags: dict[str, Any]) -> Grid:
@@ -326,17 +331,23 @@ def _show_comparison(found: Comparison) -> None:
     for side, names in (("A", found.only_a), ("B", found.only_b)):
         if names:
             note(f"only in {side}: {', '.join(names)}")
-    rows = [
-        (c.task, str(c.length or "as it is"), c.method, str(c.budget or "all"), str(c.n), f"{c.a:.1f}", f"{c.b:.1f}",
-         f"{c.difference:+.1f}", f"{c.interval[0]:+.1f} .. {c.interval[1]:+.1f}", f"{c.p_adjusted:.3f}",
-         ("better" if c.difference > 0 else "worse") if c.significant else "")
-        for c in found.changes
-    ]  # fmt: skip
-    columns = ("task", "length", "method", "budget", "n", "A", "B", "B - A", "95 %", "p (Holm)", "significant")
-    table(columns, rows, title="paired on the same samples; McNemar where all scores are 0 or 100, else permutation")
+    for length in dict.fromkeys(change.length for change in found.changes):
+        title = f"{f'{length:,} tokens' if length else 'public sets'}, paired on the same samples"
+        columns = ("task", "method", "n", "A", "B", "B - A", "95 %", "p", "")
+        table(columns, [_show_change(c) for c in found.changes if c.length == length], title=title)
+    say("p: McNemar's test where all scores are 0 or 100, else by permutation; adjusted for all cells (Holm)")
     better = sum(c.significant and c.difference > 0 for c in found.changes)
     worse = sum(c.significant and c.difference < 0 for c in found.changes)
     say(f"{len(found.changes)} cells compared: {better} significantly better, {worse} significantly worse in B")
+
+
+def _show_change(change: Change) -> tuple[str, ...]:
+    low, high = change.interval
+    return (
+        change.task, " ".join(map(str, filter(None, (change.method, change.budget)))), str(change.n),
+        f"{change.a:.1f}", f"{change.b:.1f}", f"{change.difference:+.1f}", f"{low:+.0f} .. {high:+.0f}",
+        f"{change.p_adjusted:.3f}", ("better" if change.difference > 0 else "worse") if change.significant else "",
+    )  # fmt: skip
 
 
 def _split(text: str | None) -> list[str] | None:

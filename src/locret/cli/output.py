@@ -65,10 +65,12 @@ def say_stream(pieces: Iterable[str]) -> None:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None) -> None:
-    """A table on stdout; cells are plain text."""
+    """A table on stdout; cells are plain text. The first column, names that one may want to type, is never broken."""
+    from rich.table import Column
     from rich.text import Text
 
-    view = Table(*columns, title=title, title_justify="left", header_style="bold")
+    shaped = [Column(name, no_wrap=not i, overflow="fold") for i, name in enumerate(columns)]
+    view = Table(*shaped, title=title, title_justify="left", header_style="bold")
     for row in rows:
         view.add_row(*(Text(cell) for cell in row))
     Console(file=sys.stdout).print(view)

@@ -18,6 +18,12 @@ MODES = ("hardened", "official")
 TURNS = ("conversation", "separate")
 AS_IT_IS = 0  # the length of a public set's samples: nobody chose it
 _AXES = ("tasks", "methods", "budgets", "lengths", "seeds", "samples")
+_KINDS: dict[str, tuple[type, str]] = {  # of the keys that no other check looks at
+    "query_aware": (bool, "true or false"), "even_lengths": (bool, "true or false"),
+    "answer_prefix": (bool, "true or false"), "model": (str, "a text"), "heads": (str, "a text"),
+    "dtype": (str, "a text"), "text": (str, "a text"), "cache": (dict, "a table"), "public": (dict, "a table"),
+}  # fmt: skip
+_PUBLIC = ("path", "hub_id", "revision", "limit")
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,7 @@ class Grid:
             if isinstance(value, (str, int, dict)) or not isinstance(value, Collection):
                 raise ConfigError(f"{name} is {value!r}; it must be a list")
             object.__setattr__(self, name, tuple(value))
+        self._check_kinds()
         for axes in self._parts():
             _check_axes(axes)
         if self.answer_prefix is None:
@@ -222,12 +229,33 @@ class Grid:
                 for seed in seeds:
                     yield task, length, seed
 
-    def check_names(self, tasks: Collection[str]) -> None:
-        """Every task is one of the generated `tasks` or a public set. Raises: ConfigError naming the nearest."""
+    def check_names(self, tasks: Collection[str], groups: Iterable[str] = ()) -> None:
+        """Every task is one of the generated `tasks` or a public set.
+
+        Raises: ConfigError naming the nearest, also of the `groups` that might have been meant.
+        """
         for axes in self._parts():
             for name in axes["tasks"]:
-                if name not in tasks and name not in self.public:
-                    raise unknown("task", name, [*tasks, *self.public])
+                if name in tasks or name in self.public:
+                    continue
+                if "/" in name:
+                    raise ConfigError(
+                        f"task {name!r} is none that is generated; a public set has a table in the grid's file that "
+                        f'says where it is: [public."{name}"] with path = "..." or hub_id = "..."'
+                    )
+                raise unknown("task", name, [*tasks, *groups, *self.public])
+
+    def _check_kinds(self) -> None:
+        for name, (kind, wanted) in _KINDS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) and value is not None:
+                raise ConfigError(f"{name} is {value!r}; it must be {wanted}")
+        for name, options in self.public.items():
+            if not isinstance(options, dict):
+                raise ConfigError(f'[public] holds a table a set, [public."{name}"]; {name} is {options!r}')
+            for key in options:
+                if key not in _PUBLIC:
+                    raise unknown(f'key of [public."{name}"]', key, _PUBLIC)
 
     def _parts(self) -> Iterator[dict[str, Any]]:
         """The axes of every part; without parts, the grid's own."""
@@ -271,6 +299,8 @@ def _check_axes(axes: Mapping[str, Any]) -> None:
         values = axes[key]
         if isinstance(values, (str, int)) or not values:
             raise ConfigError(f"{key} is {values!r}; it must be a list with at least one entry")
+        if key in ("tasks", "methods") and not all(isinstance(value, str) for value in values):
+            raise ConfigError(f"{key} is {list(values)}; it must be a list of names")
         if len(set(values)) != len(values):
             raise ConfigError(f"{key} names something twice: {list(values)}")
     for method in axes["methods"]:

@@ -80,7 +80,7 @@ class Batch:
 
 def check(grid: Grid, source: Source) -> None:
     """What can be said before a model is loaded. Raises: ConfigError."""
-    grid.check_names(source.tasks())
+    grid.check_names(source.tasks(), source.groups())
 
 
 def run(

@@ -33,7 +33,9 @@ from locret.tasks.records import Record, Turn
 
 Progress = Callable[[int, int], object]
 # modules of `locret.tasks` that write training samples only, or judge answers
-NOT_EVALUATED = frozenset({"base", "build", "families", "metrics", "mixture", "relations", "rouge", "wordings"})
+NOT_EVALUATED = frozenset(
+    {"base", "build", "families", "metrics", "mixture", "relations", "repoqa", "rouge", "wordings"}
+)
 
 
 class Samples:
@@ -59,7 +61,10 @@ class Samples:
         )  # fmt: skip
         records = list(itertools.islice(self.source.records(request), count))
         if not records:
-            raise DataError(f"task {block.task!r} has no samples")
+            where = (request.public or {}).get("path")
+            raise DataError(
+                f"task {block.task!r} has no samples" + (f"; there are no rows in {where}" if where else "")
+            )
         return records
 
     def first(self, block: Block) -> Record:

@@ -1,8 +1,8 @@
-"""`project` and `gated` in Triton. Meaning and shapes: linear.py.
+"""`project` and `gated` of one row in Triton. Meaning and shapes: linear.py.
 
-A program takes BLOCK_N outputs and walks all inputs. One row: products of numbers, summed lane by lane and at the end
-across lanes, so that nothing but loads of the weights is on the way. More rows: tensor cores, 16 rows at once. The norm
-is a factor a row, so it is gathered on the same walk and multiplied in at the end.
+A program takes BLOCK_N outputs and walks all inputs: products of numbers, summed lane by lane and at the end across
+lanes, so that nothing but loads of the weights is on the way. The norm is a factor, so it is gathered on the same walk
+and multiplied in at the end.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -10,7 +10,6 @@ is a factor a row, so it is gathered on the same walk and multiplied in at the e
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,8 +20,6 @@ from torch import Tensor
 
 from locret.kernels.linear import Norm
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # its dot multiplies the bits of bf16 as if they were numbers
-
 
 @dataclass(frozen=True)
 class Tile:
@@ -31,23 +28,16 @@ class Tile:
     n: int
     k: int
     warps: int = 4
-    stages: int = 3
+    stages: int = 1
 
 
 @triton.jit
-def _walk(x_ptr, x_m, w_ptr, w_n, v_ptr, v_n, norm_ptr, row, n, inside, m, e, eps,
-          ROWS: tl.constexpr, TWO: tl.constexpr, NORM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-          UPCAST: tl.constexpr):  # fmt: skip
-    """x' W^T and, if TWO, x' V^T for outputs n, fp32: [BLOCK_N] for one row, else [16, BLOCK_N]."""
-    kind: tl.constexpr = tl.float32 if UPCAST else x_ptr.dtype.element_ty
-    if ROWS == 1:
-        one = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        two = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        squares = tl.zeros((BLOCK_K,), tl.float32)
-    else:
-        one = tl.zeros((16, BLOCK_N), tl.float32)
-        two = tl.zeros((16, BLOCK_N), tl.float32)
-        squares = tl.zeros((16,), tl.float32)
+def _walk(x_ptr, w_ptr, w_n, v_ptr, v_n, norm_ptr, n, inside, e, eps,
+          TWO: tl.constexpr, NORM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """x' W^T and, if TWO, x' V^T for outputs n, fp32: [BLOCK_N]."""
+    one = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    two = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    squares = tl.zeros((BLOCK_K,), tl.float32)
     for start in range(0, e, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         real = k < e
@@ -55,114 +45,78 @@ def _walk(x_ptr, x_m, w_ptr, w_n, v_ptr, v_n, norm_ptr, row, n, inside, m, e, ep
         w = tl.load(w_ptr + n[:, None] * w_n + k[None, :], mask=mask, other=0.0)
         if TWO:
             v = tl.load(v_ptr + n[:, None] * v_n + k[None, :], mask=mask, other=0.0)
-        if ROWS == 1:
-            x = tl.load(x_ptr + k, mask=real, other=0.0).to(tl.float32)
-            if NORM:
-                squares += x * x
-                x *= tl.load(norm_ptr + k, mask=real, other=0.0).to(tl.float32)
-            one += w.to(tl.float32) * x[None, :]
-            if TWO:
-                two += v.to(tl.float32) * x[None, :]
-        else:
-            x = tl.load(x_ptr + row[:, None] * x_m + k[None, :], mask=(row < m)[:, None] & real[None, :], other=0.0)
-            if NORM:
-                wide = x.to(tl.float32)
-                squares += tl.sum(wide * wide, 1)
-                x = wide * tl.load(norm_ptr + k, mask=real, other=0.0).to(tl.float32)[None, :]
-            x = x.to(kind)
-            one = tl.dot(x, tl.trans(w.to(kind)), one, input_precision="ieee")
-            if TWO:
-                two = tl.dot(x, tl.trans(v.to(kind)), two, input_precision="ieee")
-    if ROWS == 1:
-        first, second = tl.sum(one, 1), tl.sum(two, 1)
+        x = tl.load(x_ptr + k, mask=real, other=0.0).to(tl.float32)
         if NORM:
-            factor = tl.rsqrt(tl.sum(squares, 0) / e + eps)
-            first, second = first * factor, second * factor
-    else:
-        first, second = one, two
-        if NORM:
-            factor = tl.rsqrt(squares / e + eps)[:, None]
-            first, second = first * factor, second * factor
+            squares += x * x
+            x *= tl.load(norm_ptr + k, mask=real, other=0.0).to(tl.float32)
+        one += w.to(tl.float32) * x[None, :]
+        if TWO:
+            two += v.to(tl.float32) * x[None, :]
+    first, second = tl.sum(one, 1), tl.sum(two, 1)
+    if NORM:
+        factor = tl.rsqrt(tl.sum(squares, 0) / e + eps)
+        first, second = first * factor, second * factor
     return first, second
 
 
 @triton.jit
 def _project(
-    x_ptr, x_m, weights, strides, biases, norm_ptr, residual_ptr, residual_m, out_ptr, out_m, m, e, eps,
-    SIZES: tl.constexpr, BLOCKS: tl.constexpr, OFFSETS: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr,
-    NORM: tl.constexpr, ADD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
+    x_ptr, weights, strides, biases, norm_ptr, residual_ptr, out_ptr, e, eps,
+    SIZES: tl.constexpr, BLOCKS: tl.constexpr, OFFSETS: tl.constexpr, BIASED: tl.constexpr, NORM: tl.constexpr,
+    ADD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Weight i is program_id(0) BLOCKS[i] ... BLOCKS[i + 1] - 1; its outputs begin at OFFSETS[i]."""
     part = tl.program_id(0)
-    row = tl.arange(0, 16)
     for i in tl.static_range(len(SIZES)):
         if part >= BLOCKS[i] and part < BLOCKS[i + 1]:
             n = (part - BLOCKS[i]).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
             inside = n < SIZES[i]
             out, _ = _walk(
-                x_ptr, x_m, weights[i], strides[i], weights[i], strides[i], norm_ptr, row, n, inside, m, e, eps,
-                ROWS, False, NORM, BLOCK_N, BLOCK_K, UPCAST,
+                x_ptr, weights[i], strides[i], weights[i], strides[i], norm_ptr, n, inside, e, eps,
+                False, NORM, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             if BIASED[i]:
-                bias = tl.load(biases[i] + n, mask=inside, other=0.0).to(tl.float32)
-                out += bias if ROWS == 1 else bias[None, :]
+                out += tl.load(biases[i] + n, mask=inside, other=0.0).to(tl.float32)
             at = OFFSETS[i] + n
-            if ROWS == 1:
-                if ADD:
-                    out += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
-                tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
-            else:
-                mask = (row < m)[:, None] & inside[None, :]
-                if ADD:
-                    out += tl.load(residual_ptr + row[:, None] * residual_m + at[None, :], mask=mask, other=0.0).to(
-                        tl.float32
-                    )
-                tl.store(out_ptr + row[:, None] * out_m + at[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+            if ADD:
+                out += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _gated(
-    x_ptr, x_m, gate_ptr, gate_n, up_ptr, up_n, norm_ptr, out_ptr, out_m, m, e, outputs, eps,
-    ROWS: tl.constexpr, NORM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
+    x_ptr, gate_ptr, gate_n, up_ptr, up_n, norm_ptr, out_ptr, e, outputs, eps,
+    NORM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    row = tl.arange(0, 16)
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < outputs
-    gate, up = _walk(
-        x_ptr, x_m, gate_ptr, gate_n, up_ptr, up_n, norm_ptr, row, n, inside, m, e, eps,
-        ROWS, True, NORM, BLOCK_N, BLOCK_K, UPCAST,
-    )  # fmt: skip
+    gate, up = _walk(x_ptr, gate_ptr, gate_n, up_ptr, up_n, norm_ptr, n, inside, e, eps, True, NORM, BLOCK_N, BLOCK_K)
     out = gate * tl.sigmoid(gate) * up
-    if ROWS == 1:
-        tl.store(out_ptr + n, out.to(out_ptr.dtype.element_ty), mask=inside)
-    else:
-        mask = (row < m)[:, None] & inside[None, :]
-        tl.store(out_ptr + row[:, None] * out_m + n[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + n, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def project_triton(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None, norm: Norm | None,
     residual: Tensor | None, *, out: Tensor | None = None, tile: Tile | None = None,
 ) -> Tensor:  # fmt: skip
-    """`project`, into `out` [M, N] (rows contiguous) if given."""
-    m, e = x.shape
-    x = _rows(x)
+    """`project` of x [1, E], into `out` [1, N] if given."""
+    x = _row(x)
+    e = x.shape[1]
     sizes = tuple(len(w) for w in weights)
-    tile = tile or default_tile(m, sum(sizes), e, two=False)
+    tile = tile or default_tile(sum(sizes), e, two=False)
     blocks, offsets = [0], [0]
     for size in sizes:
         blocks.append(blocks[-1] + triton.cdiv(size, tile.n))
         offsets.append(offsets[-1] + size)
     if out is None:
-        out = torch.empty(m, offsets[-1], dtype=x.dtype, device=x.device)
+        out = torch.empty(1, offsets[-1], dtype=x.dtype, device=x.device)
     given = list(biases or [None] * len(sizes))
     _project[(blocks[-1],)](
-        x, x.stride(0), tuple(weights), tuple(w.stride(0) for w in weights),
+        x, tuple(weights), tuple(w.stride(0) for w in weights),
         tuple(weights[0] if b is None else b for b in given), x if norm is None else norm.weight,
-        x if residual is None else residual, 0 if residual is None else residual.stride(0), out, out.stride(0), m, e,
-        0.0 if norm is None else norm.eps,
+        x if residual is None else residual, out, e, 0.0 if norm is None else norm.eps,
         SIZES=sizes, BLOCKS=tuple(blocks), OFFSETS=tuple(offsets[:-1]), BIASED=tuple(b is not None for b in given),
-        ADD=residual is not None, **_constants(x, norm, tile),
+        ADD=residual is not None, **_constants(norm, tile),
     )  # fmt: skip
     return out
 
@@ -170,15 +124,15 @@ def project_triton(
 def gated_triton(
     x: Tensor, gate: Tensor, up: Tensor, norm: Norm | None, *, out: Tensor | None = None, tile: Tile | None = None
 ) -> Tensor:
-    """`gated`, into `out` [M, N] (rows contiguous) if given."""
-    m, e = x.shape
-    x = _rows(x)
-    tile = tile or default_tile(m, len(gate), e, two=True)
+    """`gated` of x [1, E], into `out` [1, N] if given."""
+    x = _row(x)
+    e = x.shape[1]
+    tile = tile or default_tile(len(gate), e, two=True)
     if out is None:
-        out = torch.empty(m, len(gate), dtype=x.dtype, device=x.device)
+        out = torch.empty(1, len(gate), dtype=x.dtype, device=x.device)
     _gated[(triton.cdiv(len(gate), tile.n),)](
-        x, x.stride(0), gate, gate.stride(0), up, up.stride(0), x if norm is None else norm.weight, out, out.stride(0),
-        m, e, len(gate), 0.0 if norm is None else norm.eps, **_constants(x, norm, tile),
+        x, gate, gate.stride(0), up, up.stride(0), x if norm is None else norm.weight, out, e, len(gate),
+        0.0 if norm is None else norm.eps, **_constants(norm, tile),
     )  # fmt: skip
     return out
 
@@ -229,20 +183,16 @@ def silu_mul_triton(gate: Tensor, up: Tensor) -> Tensor:
     return gate
 
 
-def default_tile(m: int, outputs: int, inputs: int, *, two: bool) -> Tile:
+def default_tile(outputs: int, inputs: int, *, two: bool) -> Tile:
     """Long rows and few outputs a program: what was fastest on an H200 at Llama-3.1-8B's shapes (docs/kernels.md)."""
-    if m == 1:
-        wide = min(1024, triton.next_power_of_2(inputs))
-        return Tile(n=4 if two or outputs > 5000 else 8, k=wide, stages=1)
-    return Tile(n=32, k=min(256, max(16, triton.next_power_of_2(inputs))))
+    wide = min(1024, triton.next_power_of_2(inputs))
+    return Tile(n=4 if two or outputs > 5000 else 8, k=wide)
 
 
-def _constants(x: Tensor, norm: Norm | None, tile: Tile) -> dict[str, int | bool]:
-    return dict(
-        ROWS=1 if x.shape[0] == 1 else 16, NORM=norm is not None, BLOCK_N=tile.n, BLOCK_K=tile.k,
-        UPCAST=INTERPRETED and x.dtype == torch.bfloat16, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+def _constants(norm: Norm | None, tile: Tile) -> dict[str, int | bool]:
+    return dict(NORM=norm is not None, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.warps, num_stages=tile.stages)
 
 
-def _rows(x: Tensor) -> Tensor:
+def _row(x: Tensor) -> Tensor:
+    assert len(x) == 1, "more rows are cuBLAS's"
     return x if x.stride(1) == 1 else x.contiguous()

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 
 from locret.errors import ConfigError, DataError, unknown
-from locret.tasks import rouge
+from locret.tasks import repoqa, rouge
 
 Metric = Callable[[str, Sequence[str]], float]
 METRICS: dict[str, Metric] = {}
@@ -487,3 +487,19 @@ METRICS["scbench_kv"] = _best(lambda prediction, answer: answer in prediction)  
 METRICS["scbench_any"] = _best(
     lambda prediction, answer: answer.upper() in prediction.strip().upper()
 )  # qa_eng, many_shot
+
+
+@_metric("scbench_repoqa")
+def _repoqa(prediction: str, answers: Sequence[str]) -> float:
+    """answers: the function, its name, its language, then name and text of all that are asked of its repository.
+
+    Right if no other is more alike (the first of equals counts) and BLEU is at least 0.8.
+    """
+    _, name, language, *others = (*answers, "", "")[: max(3, len(answers))]
+    functions = list(zip(others[::2], others[1::2], strict=False))
+    if language not in repoqa.LANGUAGES or len(others) % 2 or name not in dict(functions):
+        raise DataError(f"metric 'scbench_repoqa' wants a function, its name, its language (one of "
+                        f"{', '.join(repoqa.LANGUAGES)}), then name and text of all functions, this one among them, "
+                        f"not {list(answers)!r}")  # fmt: skip
+    found, similarity = repoqa.closest(prediction, language, functions)
+    return 100.0 * (found == name and similarity >= 0.8)

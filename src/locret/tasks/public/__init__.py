@@ -76,7 +76,8 @@ def _records(one: PublicSet, chosen: list[tuple[Path, str]], limit: int | None) 
     counts: dict[str, int] = {}
     for file, task in chosen:
         left = limit
-        for row, where in rows(file):
+        found_rows = rows(file)
+        for row, where in found_rows if one.together is None else one.together(task, found_rows):
             if left is not None and left <= 0:
                 break
             try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from locret.tasks.public.files import Row
 from locret.tasks.records import Record, Turn
 
 Convert = Callable[[str, Row, int], Iterable[Record]]  # (task, row, index of the first record) -> records
+Placed = tuple[Row, str]  # a row and where it is, for errors
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class PublicSet:
         where: said when a file is missing.
         tasks: its tasks; empty: one task, whatever the file is called.
         files: name of a file or of the folder around it -> task, where they are not named after their tasks.
+        together: (task, rows of a file) -> rows, where a row needs what other rows of its file say; it judges none.
     """
 
     name: str
@@ -31,6 +33,7 @@ class PublicSet:
     convert: Convert
     tasks: tuple[str, ...] = ()
     files: Mapping[str, str] | None = None
+    together: Callable[[str, Iterator[Placed]], Iterable[Placed]] | None = None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from locret.tasks.public.files import Row
 from locret.tasks.records import Record
 from locret.tasks.request import TaskInfo
 
+_FIELDS = ("context", "question", "answer_prefix")  # what tells a row of the schema from a benchmark's own
+
 
 def to_kvpress(records: Iterable[Record]) -> Iterator[Row]:
     """Rows of these records; further turns become rows of the same context.
@@ -51,7 +53,7 @@ def export_kvpress(records: Iterable[Record], path: str | Path) -> int:
 
 
 def is_kvpress(row: Row) -> bool:
-    return {"context", "question", "answer_prefix"} <= row.keys()
+    return row.keys() >= set(_FIELDS)
 
 
 def from_kvpress(row: Row, index: int, metrics: dict[str, TaskInfo], task: str = "", metric: str = "") -> Record:
@@ -71,6 +73,9 @@ def from_kvpress(row: Row, index: int, metrics: dict[str, TaskInfo], task: str =
     )  # fmt: skip
 
 
-SET = PublicSet(
-    "kvpress", "any file in kvpress's schema", "simonjegou/ruler", "write one with export_kvpress", lambda *_: ()
-)
+def _refuse(task: str, row: Row, index: int) -> Iterable[Record]:
+    """Rows that come here lack a field. Raises: KeyError naming it."""
+    raise KeyError(next(name for name in _FIELDS if name not in row))
+
+
+SET = PublicSet("kvpress", "any file in kvpress's schema", "simonjegou/ruler", "write one with export_kvpress", _refuse)
