@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import build_tiny_model
 from oracles import llm_of, speak, tokens
+from triton_programs import interpret
 
 from locret.engine import LLM
 from locret.errors import NumericsError
@@ -265,6 +266,29 @@ def test_what_a_callback_raises_fails_its_request_only() -> None:
     scheduler.run()
     assert isinstance(bad.error, ValueError)
     assert len(good.output.tokens) == 9
+
+
+# The same engine on Triton's interpreter: kernels that find their rows by addresses only.
+INTERPRETED = """
+import json
+from locret.kernels import append, decode_attention
+from test_slots import prompt, talker
+def answers(triton):
+    for operator in (append, decode_attention):
+        operator.use_triton = lambda kernel, x: triton
+    scheduler = talker("locret", budget=24, decode_interval=3).scheduler(slots=2, exact=False)
+    requests = [scheduler.submit(prompt(n, n), max_new_tokens=m) for n, m in ((30, 7), (9, 3), (14, 6))]
+    scheduler.run()
+    return [r.output.tokens for r in requests]
+print(json.dumps([answers(False), answers(True)]))
+"""
+
+
+@pytest.mark.triton_interpret
+def test_the_kernels_find_rows_that_come_and_go() -> None:
+    want, got = interpret(INTERPRETED)
+    assert [len(row) for row in want] == [7, 3, 6]
+    assert got == want
 
 
 @pytest.mark.gpu

@@ -339,7 +339,8 @@ class Scheduler:
             for request in rows:
                 self._step_alone(request)
         else:
-            self._step_together(self._together, rows)
+            with self._owned(*rows):
+                self._step_together(self._together, rows)
         took = self._clock() - started
         for request in rows:
             request._decode_seconds += took
@@ -428,12 +429,13 @@ class Scheduler:
                 self._lock.release()
 
     @contextlib.contextmanager
-    def _owned(self, request: Request) -> Iterator[None]:
-        """What goes wrong in here fails this request only."""
+    def _owned(self, *requests: Request) -> Iterator[None]:
+        """What goes wrong in here fails these requests only."""
         try:
             yield
         except Exception as error:
-            self._fail(request, error)
+            for request in requests:
+                self._fail(request, error)
 
     def _fail(self, request: Request, error: Exception) -> None:
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
