@@ -69,13 +69,13 @@ def test_logits_of_a_padded_batch_do_not_depend_on_the_other_rows(monkeypatch: p
         mine = scheduler.submit(PROMPTS[1], max_new_tokens=6)
         for ids in PROMPTS[2 : 2 + others]:
             scheduler.submit(ids, max_new_tokens=30)
-        choose = scheduler._choose
+        choose = scheduler._chosen
 
-        def watch(requests: list[Request], x: torch.Tensor) -> None:
+        def watch(requests: list[Request], x: torch.Tensor) -> torch.Tensor:
             seen.extend(row.clone() for request, row in zip(requests, x, strict=True) if request is mine)
-            choose(requests, x)
+            return choose(requests, x)
 
-        monkeypatch.setattr(scheduler, "_choose", watch)
+        monkeypatch.setattr(scheduler, "_chosen", watch)
         scheduler.run()
         return torch.stack(seen)
 

@@ -17,9 +17,7 @@ others, so a request still gets the same tokens among others as alone in this sc
 may round differently, so they can differ from `LLM.generate`'s. (Mixtures of experts route rows into products of
 varying shapes: for them only `exact` promises anything.)
 
-Such a batch is one step of `slots.SlotsGraph`, on a GPU one replayed CUDA graph, for the requests whose next step is
-like any other. Those that evict in this round, and those whose method never has two steps alike, run as a second batch
-of as many rows, in which attention goes row by row.
+How such a batch runs, on a GPU as one replayed CUDA graph: `together`.
 
 Shapes: B slots, T prompt, V vocabulary.
 """
@@ -40,15 +38,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from locret.backbone import AttentionCall
 from locret.config import Sampling
 from locret.decode import Output, Stats, eos_ids, full_cache_bytes
 from locret.errors import CapacityError, ConfigError, NumericsError
 from locret.graph import MOST_STASHED
 from locret.plan import Footprint, Shape, footprint
-from locret.prefill import ChunkPass, Reader, not_finite
-from locret.sampling import Sampler, TextStream
-from locret.slots import SlotsGraph
+from locret.prefill import Reader, not_finite
+from locret.sampling import Sampler, TextStream, read_back
+from locret.together import Together
 
 if TYPE_CHECKING:
     from locret.engine import LLM, Prompt
@@ -96,7 +93,7 @@ class Request:
     _sampler: Sampler | None = field(default=None, repr=False)
     _chunks: Iterator[tuple[int, Tensor | None]] | None = field(default=None, repr=False)
     _stats: Stats | None = field(default=None, repr=False)
-    _row: int | None = None  # in the step of all slots
+    _row: int | None = None  # in the graph of all slots
     _left: int = 0  # prompt tokens not read yet
     _overtaken: int = 0
     _cancelled: bool = False
@@ -164,7 +161,7 @@ class Scheduler:
         self.requests: list[Request] = []  # in slots, in order of admission
         self.waiting: list[Request] = []
         self._inbox: deque[Request] = deque()  # submitted, perhaps by another thread, since the last step
-        self._graph = SlotsGraph.of(llm.backbone, llm.method, slots) if graph and not exact else None
+        self._together = None if exact else Together(llm.backbone, llm.method, slots, graph=graph)
         self._shape = Shape.of_backbone(llm.backbone)
         self._eos = eos_ids(llm.backbone)
         self._numbers, self._turn = itertools.count(), 0
@@ -320,9 +317,9 @@ class Scheduler:
             request._left -= done
             if logits is not None:
                 request.status = Status.DECODE
-                self._choose([request], logits)
-                if self._graph is not None:
-                    request._row = self._graph.enter(request._reader)
+                self._accept([request], self._chosen([request], logits).tolist())
+                if self._together is not None:
+                    self._together.enter(request)
         except Exception as error:
             self._fail(request, error)
             return self._clock() - started
@@ -338,11 +335,12 @@ class Scheduler:
         if not rows:
             return
         started = self._clock()
-        if self.exact:
+        if self._together is None:
             for request in rows:
                 self._step_alone(request)
         else:
-            self._step_together(rows)
+            with self._owned(*rows):
+                self._step_together(self._together, rows)
         took = self._clock() - started
         for request in rows:
             request._decode_seconds += took
@@ -351,52 +349,21 @@ class Scheduler:
         assert request._reader is not None
         with self._owned(request):
             token = torch.tensor([request.tokens[-1]], device=self.llm.backbone.device)
-            self._choose([request], request._reader.step(token))
+            self._accept([request], self._chosen([request], request._reader.step(token)).tolist())
 
-    def _step_together(self, rows: list[Request]) -> None:
-        """At most two passes of `slots` rows each, and one wait for the device."""
-        alike = [r for r in rows if r._row is not None and self._graph is not None and self._graph.room(r._row)]
-        chosen: list[Request] = []
-        parts: list[Tensor] = []
-        for group, step in ((alike, self._step_alike), ([r for r in rows if r not in alike], self._step_rows)):
-            try:
-                logits = step(group) if group else []
-            except Exception as error:
-                for request in group:  # a failure of the pass itself, such as no memory, has no owner
-                    self._fail(request, error)
-                continue
-            parts += logits
-            chosen += [request for request in group if not request.finished]
-        if chosen:
-            self._choose(chosen, torch.cat(parts))
+    def _step_together(self, together: Together, rows: list[Request]) -> None:
+        logits = together.step(rows, self._fail)
+        if not logits:
+            return
+        requests = list(logits)
+        chosen = self._chosen(requests, torch.cat([*logits.values()]))
+        wait = read_back(chosen)
+        if all(request.status is Status.DECODE for request in self.requests):  # otherwise chunks come first
+            together.launch(requests, chosen, self._fail)
+        self._accept(requests, wait())
 
-    def _step_alike(self, requests: list[Request]) -> list[Tensor]:
-        """Logits [1, V] of requests that have rows in the graph, and room."""
-        assert self._graph is not None
-        rows = {r._row: r.tokens[-1] for r in requests if r._row is not None}
-        logits = self._graph.step(rows)
-        return [logits[row : row + 1] for row in rows]
-
-    def _step_rows(self, requests: list[Request]) -> list[Tensor]:
-        """Logits [1, V] of those that did not fail; what is no request's row is a filler."""
-        for request in requests:
-            if request._row is not None and self._graph is not None:
-                self._graph.settle(request._row)
-        together = _Rows([r._reader for r in requests if r._reader is not None])
-        ids = torch.zeros(self.slots, 1, dtype=torch.int64, device=self.llm.backbone.device)
-        ids[: len(requests), 0] = torch.tensor([r.tokens[-1] for r in requests], device=ids.device)
-        logits = self.llm.backbone.run(ids, together)
-        assert logits is not None
-        found = []
-        for i, request in enumerate(requests):
-            with self._owned(request):
-                together.passes[i].finish(ids[i : i + 1], logits[i : i + 1])
-                together.readers[i].check_scores()
-                found.append(logits[i : i + 1, -1])
-        return found
-
-    def _choose(self, requests: list[Request], logits: Tensor) -> None:
-        """Sample the next token of each from [n, V] and take it; the one wait for the device."""
+    def _chosen(self, requests: list[Request], logits: Tensor) -> Tensor:
+        """The next token of each from [n, V], or what says that there is none: [n], on the device."""
         clean = logits.nan_to_num(0.0, math.inf, -math.inf)
         chosen = clean.float().argmax(-1)
         for i, request in enumerate(requests):
@@ -405,9 +372,11 @@ class Scheduler:
                 with self._owned(request):
                     chosen[i : i + 1] = self._sample(request, request._sampler, clean[i : i + 1])
         chosen = chosen.where(~logits.isnan().any(-1), _BAD_LOGITS)
-        if self._graph is not None:
-            chosen = chosen.where(self._graph.good([r._row for r in requests]), _BAD_SCORES)
-        for request, token in zip(requests, chosen.tolist(), strict=True):
+        good = None if self._together is None else self._together.good(requests)
+        return chosen if good is None else chosen.where(good, _BAD_SCORES)
+
+    def _accept(self, requests: list[Request], tokens: list[int]) -> None:
+        for request, token in zip(requests, tokens, strict=True):
             with self._owned(request):
                 self._take(request, self._checked(request, token))
 
@@ -460,12 +429,13 @@ class Scheduler:
                 self._lock.release()
 
     @contextlib.contextmanager
-    def _owned(self, request: Request) -> Iterator[None]:
-        """What goes wrong in here fails this request only."""
+    def _owned(self, *requests: Request) -> Iterator[None]:
+        """What goes wrong in here fails these requests only."""
         try:
             yield
         except Exception as error:
-            self._fail(request, error)
+            for request in requests:
+                self._fail(request, error)
 
     def _fail(self, request: Request, error: Exception) -> None:
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
@@ -486,9 +456,8 @@ class Scheduler:
                 request.status, request._reason = Status.CANCELLED, "cancelled"
             if request.finished:
                 request._stats = self._stats(request)
-                if request._row is not None and self._graph is not None:
-                    self._graph.leave(request._row)
-                request._row = None
+                if self._together is not None:
+                    self._together.leave(request)
                 request._reader = request._chunks = request._sampler = None
         self.requests = [r for r in self.requests if not r.finished]
         self.waiting = [r for r in self.waiting if not r.finished]
@@ -504,23 +473,6 @@ class Scheduler:
             kv_bytes_full=full_cache_bytes(self.llm.backbone, len(request.prompt) + len(request.tokens)),
             prefill_seconds=request._prefill_seconds, decode_seconds=request._decode_seconds,
         )  # fmt: skip
-
-
-class _Rows:
-    """The `LayerContext` of a decode step of many sequences: matrices see all rows, attention each with its cache."""
-
-    def __init__(self, readers: list[Reader]) -> None:
-        self.readers = readers
-        self.passes = [ChunkPass.of_step(reader) for reader in readers]
-        self.wants_hidden = readers[0].method.wants_hidden
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
-        out = torch.zeros_like(q)
-        for i, own in enumerate(self.passes):
-            row = slice(i, i + 1)
-            hidden = None if call.hidden is None else call.hidden[row]
-            out[row] = own.attend(layer, q[row], k[row], v[row], call._replace(hidden=hidden))
-        return out
 
 
 def _needed(costs: list[Footprint]) -> int:

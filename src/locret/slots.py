@@ -35,12 +35,17 @@ class SlotsGraph:
     Args:
         rows: B.
         capture: replay a CUDA graph; False: run the same step kernel by kernel (on a CPU, and for tests).
+
+    Attributes:
+        ahead: the device works while the host does: a step may be launched before it is known who goes on.
     """
 
     def __init__(self, backbone: Backbone, method: Method, rows: int, *, capture: bool) -> None:
         self._backbone, self._method = backbone, method
+        self.ahead = capture
         layers, device = backbone.num_layers, backbone.device
         self._dummy = torch.zeros(1, backbone.num_kv_heads, 1, backbone.head_dim, dtype=backbone.dtype, device=device)
+        self._filler = torch.zeros((), dtype=torch.int64, device=device)
         self._slabs = [[self._dummy] * rows for _ in range(2 * layers)]  # K of all layers, then V
         self._scattered: list[Scattered] = []
         self._step = Step(backbone, rows, MOST_STASHED if method.evicts else 0, self._layer, capture=capture)
@@ -87,8 +92,11 @@ class SlotsGraph:
         """Whether the row's cache takes one more unit without an eviction."""
         return self._left[row] > 0 if self._running[row] else room(self._reader(row).cache)
 
-    def step(self, tokens: Mapping[int, int]) -> Tensor:
-        """Read one token each in some rows that have `room`; returns logits [B, V], in memory of the next step."""
+    def step(self, tokens: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Read one token, int64 [] on the device, in each of some rows that have `room`. Waits for nothing.
+
+        Returns: logits [1, V] of these rows, in memory that the next step writes over.
+        """
         for row, reader in enumerate(self._readers):
             full = self._step.stash is not None and self._pending[row] == self._step.stash.shape[3]
             if reader is not None and (full or row not in tokens):
@@ -96,13 +104,12 @@ class SlotsGraph:
             if self._running[row] != (row in tokens):
                 self._write_row(row, running=row in tokens)
         self._reach()
-        ids = [tokens.get(row, 0) for row in range(len(self._readers))]
-        logits = self._step.run(torch.tensor(ids, device=self._backbone.device))
+        logits = self._step.run(torch.stack([tokens.get(row, self._filler) for row in range(len(self._readers))]))
         for row in tokens:
             self._pending[row] += 1
             self._left[row] -= 1
             count(self._reader(row).cache, 1)
-        return logits
+        return {row: logits[row : row + 1] for row in tokens}
 
     def settle(self, row: int) -> None:
         """Make the row's cache whole: scores and positions of the units that steps added. Waits for nothing."""

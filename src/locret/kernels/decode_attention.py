@@ -168,11 +168,11 @@ def torch_decode_attention(
 ) -> Tensor:  # fmt: skip
     """`decode_attention` in torch: K and V decoded, keys rotated, in memory of their own."""
     if isinstance(k, Scattered) and isinstance(v, Scattered):
+        assert bias is None, "rows that lie apart have no bias"
+        rows = [_cut(k.slabs[i], v.slabs[i], span.row(i)) for i in range(len(q))]
         return torch.cat([
-            torch_decode_attention(
-                q[i : i + 1], k.slabs[i], v.slabs[i], scale=scale, span=span.row(i), angles=angles, softcap=softcap
-            )
-            for i in range(len(q))
+            torch_decode_attention(q[i : i + 1], *kv, scale=scale, span=own, angles=angles, softcap=softcap)
+            for i, (*kv, own) in enumerate(rows)
         ])  # fmt: skip
     assert not isinstance(k, Scattered)
     assert not isinstance(v, Scattered)
@@ -182,6 +182,14 @@ def torch_decode_attention(
     if span.first_unit is None and span.stop is None:
         return prefix_causal_attention(q, keys, values, scale=scale, softcap=softcap, bias=bias)
     return _masked(q.float(), keys.float(), values.float(), scale, span, softcap, bias).to(q.dtype)
+
+
+def _cut(k: Tensor, v: Tensor, span: Span) -> tuple[Tensor, Tensor, Span]:
+    """One row's slab up to its last unit, where that is the same for all heads. On a GPU this waits for the device."""
+    ends = [] if span.stop is None else span.stop[0].tolist()
+    if len(set(ends)) != 1:
+        return k, v, span
+    return k[:, :, : ends[0]], v[:, :, : ends[0]], Span(span.first_unit, None, span.first_position)
 
 
 def reference_decode_attention(
