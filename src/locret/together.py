@@ -89,7 +89,7 @@ class Together:
             self._ahead = _owned(both, fail, lambda: self._alike(both, read))
 
     def good(self, requests: Sequence[Request]) -> Tensor | None:
-        """Whether all scores of each are finite so far: bool [n], on the device; None: nobody's waited."""
+        """Whether all scores of each are finite so far: bool [n], on the device; None: none were left for later."""
         return None if self.graph is None else self.graph.good([request._row for request in requests])
 
     def _has_room(self, request: Request) -> bool:
