@@ -378,6 +378,8 @@ class Scheduler:
     def _accept(self, requests: list[Request], tokens: list[int]) -> None:
         for request, token in zip(requests, tokens, strict=True):
             with self._owned(request):
+                if request._reader is not None:
+                    request._reader.check_scores()  # of an eviction in this round; copied with the tokens
                 self._take(request, self._checked(request, token))
 
     def _sample(self, request: Request, sampler: Sampler, logits: Tensor) -> Tensor:

@@ -119,7 +119,6 @@ class Together:
         for i, request in enumerate(requests):
             try:
                 passes.passes[i].finish(ids[i : i + 1], logits[i : i + 1])
-                passes.passes[i].reader.check_scores()
                 found[request] = logits[i : i + 1, -1]
             except Exception as error:
                 fail(request, error)
