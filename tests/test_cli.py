@@ -486,3 +486,12 @@ def test_the_first_column_of_a_table_is_whole_on_a_narrow_terminal(monkeypatch, 
     monkeypatch.setenv("COLUMNS", "40")
     output.table(("name", "text"), [("expected_attention_and_more", "a b c " * 20)])
     assert "expected_attention_and_more" in capsys.readouterr().out
+
+
+def test_a_first_column_of_sentences_leaves_room_for_the_others(capsys, monkeypatch):
+    """Names stay whole, as they may be typed; a question must not push its answer off the screen."""
+    monkeypatch.setenv("COLUMNS", "80")
+    output.table(("question", "answer"), [("Which of the many codes " * 5, "4711")])
+    assert "4711" in capsys.readouterr().out
+    output.table(("name", "summary"), [("a" * 40, "what it is " * 8)])
+    assert "a" * 40 in capsys.readouterr().out

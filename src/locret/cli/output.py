@@ -65,11 +65,13 @@ def say_stream(pieces: Iterable[str]) -> None:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None) -> None:
-    """A table on stdout; cells are plain text. The first column, names that one may want to type, is never broken."""
+    """A table on stdout; cells are plain text. A first column of names, which one may want to type, is never broken."""
     from rich.table import Column
     from rich.text import Text
 
-    shaped = [Column(name, no_wrap=not i, overflow="fold") for i, name in enumerate(columns)]
+    rows = list(rows)
+    names = all(" " not in row[0] for row in rows)
+    shaped = [Column(name, no_wrap=names and not i, overflow="fold") for i, name in enumerate(columns)]
     view = Table(*shaped, title=title, title_justify="left", header_style="bold")
     for row in rows:
         view.add_row(*(Text(cell) for cell in row))
