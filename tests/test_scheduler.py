@@ -59,25 +59,30 @@ def test_families_too(family: str) -> None:
     assert s.free_slots == 4
 
 
+def logits_of(scheduler: Scheduler, mine: Request, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    """Run to the end; what the tokens of one request were chosen from, [n, V]."""
+    seen: list[torch.Tensor] = []
+    choose = scheduler._chosen
+
+    def watch(requests: list[Request], x: torch.Tensor) -> torch.Tensor:
+        seen.extend(row.clone() for request, row in zip(requests, x, strict=True) if request is mine)
+        return choose(requests, x)
+
+    monkeypatch.setattr(scheduler, "_chosen", watch)
+    scheduler.run()
+    return torch.stack(seen)
+
+
 def test_logits_of_a_padded_batch_do_not_depend_on_the_other_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit: the promise behind `exact=False`."""
     llm = talker()
 
     def logits(others: int) -> torch.Tensor:
-        seen: list[torch.Tensor] = []
         scheduler = llm.scheduler(slots=4, exact=False)
         mine = scheduler.submit(PROMPTS[1], max_new_tokens=6)
         for ids in PROMPTS[2 : 2 + others]:
             scheduler.submit(ids, max_new_tokens=30)
-        choose = scheduler._chosen
-
-        def watch(requests: list[Request], x: torch.Tensor) -> torch.Tensor:
-            seen.extend(row.clone() for request, row in zip(requests, x, strict=True) if request is mine)
-            return choose(requests, x)
-
-        monkeypatch.setattr(scheduler, "_chosen", watch)
-        scheduler.run()
-        return torch.stack(seen)
+        return logits_of(scheduler, mine, monkeypatch)
 
     alone = logits(0)
     assert len(alone) == 6

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import build_tiny_model
 from oracles import llm_of, speak, tokens
+from test_scheduler import logits_of
 from triton_programs import interpret
 
 from locret.engine import LLM
@@ -107,22 +108,14 @@ def test_others_do_not_change_a_bit(ahead: bool, monkeypatch: pytest.MonkeyPatch
     llm = talker()
 
     def logits(others: list[int], first: int) -> torch.Tensor:
-        scheduler, seen = llm.scheduler(slots=4, exact=False), []
+        scheduler = llm.scheduler(slots=4, exact=False)
         for n in others[:first]:
             scheduler.submit(prompt(n, n), max_new_tokens=n // 4)
         mine = scheduler.submit(prompt(60, 9), max_new_tokens=25)
         for n in others[first:]:
             scheduler.submit(prompt(n, n), max_new_tokens=n // 4)
         graph_of(scheduler).ahead = ahead
-        choose = scheduler._chosen
-
-        def watch(requests: list[Request], x: torch.Tensor) -> torch.Tensor:
-            seen.extend(row.clone() for request, row in zip(requests, x, strict=True) if request is mine)
-            return choose(requests, x)
-
-        monkeypatch.setattr(scheduler, "_chosen", watch)
-        scheduler.run()
-        return torch.stack(seen)
+        return logits_of(scheduler, mine, monkeypatch)
 
     alone = logits([], 0)
     assert len(alone) == 25

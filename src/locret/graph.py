@@ -134,9 +134,8 @@ class StepGraph:
         if self._step.stash is not None:
             cache.note_scratch(self._step.stash.nbytes)
         self._pending = 0
-        self._good = torch.ones(
-            (), dtype=torch.bool, device=reader.backbone.device
-        )  # all scores since the last `flush`
+        # whether all scores since the last `flush` are finite
+        self._good = torch.ones((), dtype=torch.bool, device=reader.backbone.device)
         self._stale = True  # counters and addresses are to be looked at again
 
     @classmethod
