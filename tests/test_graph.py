@@ -13,12 +13,13 @@ from conftest import build_tiny_model
 from triton_programs import interpret
 
 import locret
+from locret import graph
 from locret.backbone import Backbone
 from locret.config import CacheConfig
-from locret.graph import StepGraph
+from locret.graph import Step, StepGraph
 from locret.heads import HeadsConfig, RetainingHeads
 from locret.methods import get_method
-from locret.prefill import Reader
+from locret.prefill import ChunkPass, Reader
 
 FAMILIES = ["llama", "qwen2", "qwen3", "phi3", "phi3-longrope", "gemma", "glm", "cohere", "smollm3", "yarn"]
 
@@ -87,6 +88,58 @@ def test_a_stash_that_is_full_is_scored_and_emptied():
     backbone = Backbone(build_tiny_model("llama"))
     config = CacheConfig(budget=50, chunk_size=16, num_stabilizers=4, local_window=4, decode_interval=3)
     compare(backbone, "locret", config, words(1, 95), 5)
+
+
+def test_no_step_is_an_ordinary_one_not_even_where_it_evicts(monkeypatch):
+    backbone = Backbone(build_tiny_model("llama"))
+    config = CacheConfig(budget=30, chunk_size=16, num_stabilizers=4, local_window=4, decode_interval=6)
+    reader = Reader.start(backbone, method_of("locret", backbone), config, batch=2, prompt_len=57)
+    evictions, may_be_unread = [], []
+    evict = Reader.evict
+    monkeypatch.setattr(Reader, "evict", lambda reader: (evictions.append(reader.cache.held), evict(reader)))
+    with torch.inference_mode():
+        reader.read(words(2, 57))
+        reader._graph = StepGraph.of(reader, capture=False)
+        monkeypatch.setattr(ChunkPass, "attend", None)
+        for token in range(25):
+            may_be_unread.append(reader.can_unread)
+            reader.step(torch.full((2,), 60 + token))
+            assert reader.cache.held <= 30
+    assert evictions == [31] * 5  # the first one at the first step, then every sixth
+    assert may_be_unread == [token % 6 != 0 for token in range(25)]
+
+
+def test_a_step_waits_for_the_next_reader_and_keeps_nobody_alive():
+    backbone = Backbone(build_tiny_model("llama"))
+    step = graph._take(backbone, 1, 4)
+    graph._give(step, weakref.ref(backbone), 1, 4)
+    assert graph._take(backbone, 1, 3) is not step
+    assert graph._take(backbone, 1, 4) is step
+    assert graph._take(backbone, 1, 4) is not step  # it is taken
+    graph._give(step, weakref.ref(backbone), 1, 4)
+    gone = weakref.ref(backbone)
+    gc.disable()
+    try:
+        del backbone, step
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.gpu
+def test_the_next_reader_replays_what_was_captured_for_the_last(monkeypatch):
+    """Its slabs lie elsewhere: the graph finds them in a table."""
+    captures, record = [], Step._record
+    monkeypatch.setattr(Step, "_record", lambda step: (captures.append(step), record(step)))
+    backbone = Backbone(build_tiny_model("llama", head_dim=64).to("cuda", torch.float32))
+    config = CacheConfig(budget=30, chunk_size=16, num_stabilizers=4, local_window=4, decode_interval=6)
+    method, text, others = method_of("locret", backbone), words(1, 97, "cuda"), []
+    want, _ = decode(backbone, method, config, text[:, :57], text[:, 57:], graph=False)
+    for _ in range(3):
+        got, cache = decode(backbone, method, config, text[:, :57], text[:, 57:], graph=True, capture=True)
+        others.append(cache)  # so that the next one lies elsewhere
+        assert (got - want).norm() <= 1e-3 * want.norm()
+    assert len(captures) == 1
 
 
 @pytest.mark.parametrize(

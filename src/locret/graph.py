@@ -4,7 +4,7 @@ In a cache of fixed size every decode step is the same work at the same addresse
 differs, and that is read on the device. So a step is captured once and then replayed: one launch for the whole model.
 
     in the graph      append k, v behind the units; attend over the slots in use; count up
-    on the host       count along; when the budget is full, one ordinary step, which evicts
+    on the host       count along; when the budget is exceeded, evict (`Reader.evict`)
     seldom, `flush`   scores, positions and flags of the units since the last time, all at once
 
 That scores may wait is a property of the method: each unit's depends on its own token only (`Method.per_token`), so
@@ -19,8 +19,10 @@ Shapes: B rows, L layers, Hq/Hkv heads, R stashed steps, D head dim, V vocabular
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -28,8 +30,9 @@ from torch import Tensor
 from locret.backbone import AttentionCall, Backbone, Rope
 from locret.cache import KVCache, LayerCache, Units
 from locret.kernels.append import append
-from locret.kernels.decode_attention import Angles, Span, decode_attention
-from locret.kernels.scattered import Scattered
+from locret.kernels.decode_attention import MOST_ROWS, Angles, Span, decode_attention
+from locret.kernels.scattered import Scattered, addresses
+from locret.kernels.switch import use_triton
 from locret.methods.base import ChunkView, Method
 from locret.select import finite
 
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
 
 MOST_STASHED = 64
 Slabs = Callable[[int], "tuple[Tensor | Scattered, Tensor | Scattered]"]  # K and V of a layer, [B, Hkv, S, D] each
+_KEPT = 64 << 20  # bytes of a step's stash, up to which it waits for the next reader
 
 
 class Step:
@@ -45,7 +49,7 @@ class Step:
 
     Everything that differs from step to step and from row to row is in `state`, int64 [4 L + 2, B, Hkv]:
 
-        tables   [2 L]  addresses of the heads' slabs, K of all layers and then V (`Scattered`); 0 if rows lie together
+        tables   [2 L]  addresses of the heads' slabs, K of all layers and then V (`Scattered`)
         at       [L]    the slot of the next unit
         stop     [L]    the one behind it
         slot            of the stash
@@ -56,9 +60,11 @@ class Step:
         capture: replay a CUDA graph; False: run the same step kernel by kernel (on a CPU, and for tests).
     """
 
-    def __init__(self, backbone: Backbone, rows: int, stashed: int, slabs: Slabs, *, capture: bool) -> None:
+    def __init__(self, backbone: Backbone, rows: int, stashed: int, *, capture: bool) -> None:
         layers, heads, device = backbone.num_layers, backbone.num_kv_heads, backbone.device
-        self._backbone, self._slabs, self._capture = backbone, slabs, capture
+        self._backbone: Backbone | None = backbone
+        self._slabs: Slabs | None = None
+        self._capture = capture
         self._tokens = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         self.state = torch.zeros(4 * layers + 2, rows, heads, dtype=torch.int64, device=device)
         self.tables, self._counters, self._advance = self.state.split([2 * layers, 2 * layers + 1, 1])
@@ -68,18 +74,29 @@ class Step:
         if stashed:
             self.stash = torch.zeros(layers, rows, backbone.num_q_heads, stashed, backbone.head_dim,
                                      dtype=backbone.dtype, device=device)  # fmt: skip
+        self._rope: Rope | None = None
         self._angles: list[Angles | None] = []
-        self._seen: list[int] = []  # addresses that the captured graph has in it
+        self._seen: list[int] = []  # addresses and sizes that the captured graph has in it
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
 
-    def prepare(self, rope: Rope, seen: Sequence[int]) -> None:
-        """A new capture if the rotation tables, or what the caller has `seen`, are not what they were."""
-        self._angles = [rope.angles(layer) for layer in range(self._backbone.num_layers)]
+    def prepare(self, backbone: Backbone, rope: Rope, slabs: Slabs, seen: Sequence[int]) -> None:
+        """A new capture if the rotation tables, or what the caller has `seen`, are not what they were.
+
+        Args:
+            slabs: of all rows.
+            seen: what of the slabs a capture has in it.
+        """
+        self._backbone, self._slabs, self._rope = backbone, slabs, rope
+        self._angles = [rope.angles(layer) for layer in range(backbone.num_layers)]
         now = [*seen, *(angles.cos.data_ptr() for angles in self._angles if angles is not None)]
         if self._capture and now != self._seen:
             self._record()
         self._seen = now
+
+    def let_go(self) -> None:
+        """Hold on to what was captured, and to nothing of whom it was captured for."""
+        self._backbone = self._slabs = None
 
     def run(self, tokens: Tensor) -> Tensor:
         """Read one token a row, [B]; returns logits [B, V] in memory that the next run may write over."""
@@ -93,6 +110,7 @@ class Step:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
         """The `LayerContext` of a step."""
+        assert self._slabs is not None
         keys, values = self._slabs(layer)
         append(q, k, v, keys, values, self._at[layer], None if self.stash is None else self.stash[layer], self._slot)
         return decode_attention(
@@ -101,6 +119,7 @@ class Step:
         )  # fmt: skip
 
     def _forward(self) -> Tensor:
+        assert self._backbone is not None
         logits = self._backbone.run(self._tokens, self)
         self._counters.add_(self._advance)
         assert logits is not None
@@ -120,6 +139,22 @@ class Step:
         self._graph = graph  # only now: a capture that fails, such as for want of memory, leaves the old one
 
 
+# Steps that no reader has at the moment, by rows and stash: the next one replays what was captured for the last.
+_IDLE: WeakKeyDictionary[Backbone, dict[tuple[int, int], Step]] = WeakKeyDictionary()
+
+
+def _take(backbone: Backbone, rows: int, stashed: int) -> Step:
+    idle = _IDLE.get(backbone, {})
+    return idle.pop((rows, stashed), None) or Step(backbone, rows, stashed, capture=True)
+
+
+def _give(step: Step, backbone: weakref.ref[Backbone], rows: int, stashed: int) -> None:
+    step.let_go()  # not the model either, which would never be freed
+    owner = backbone()
+    if owner is not None and (step.stash is None or step.stash.nbytes <= _KEPT):
+        _IDLE.setdefault(owner, {})[rows, stashed] = step
+
+
 class StepGraph:
     """The decode steps of one `Reader`. `step` as long as there is `room`; `flush` before anybody reads the cache."""
 
@@ -130,9 +165,15 @@ class StepGraph:
         self._rope = reader.rope
         scored = reader.method.evicts and reader.plan.budget is not None
         stashed = min(reader.plan.decode_interval, MOST_STASHED) if scored else 0
-        self._step = Step(reader.backbone, cache.batch, stashed, _dense(cache), capture=capture)
+        if capture:
+            self._step = _take(reader.backbone, cache.batch, stashed)
+            weakref.finalize(self, _give, self._step, weakref.ref(reader.backbone), cache.batch, stashed).atexit = False
+        else:
+            self._step = Step(reader.backbone, cache.batch, stashed, capture=False)
         if self._step.stash is not None:
             cache.note_scratch(self._step.stash.nbytes)
+        self._by_address = not capture or reads_tables(reader.backbone)
+        self._scattered: list[Scattered] = []  # K of all layers, then V
         self._pending = 0
         # whether all scores since the last `flush` are finite
         self._good = torch.ones((), dtype=torch.bool, device=reader.backbone.device)
@@ -146,13 +187,13 @@ class StepGraph:
         return cls(reader, capture=capture) if alike(reader) else None
 
     def room(self) -> bool:
-        """Whether every slab takes one more unit without an eviction."""
+        """Whether every slab takes one more unit."""
         return room(self._cache)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Read one token a row, [B]; returns logits [B, V]."""
         if self._step.stash is not None and self._pending == self._step.stash.shape[3]:
-            self._write()
+            self.write()
         if self._stale:
             self._refresh()
         logits = self._step.run(tokens).clone()  # the next replay writes over it
@@ -169,23 +210,29 @@ class StepGraph:
 
     @torch.inference_mode()
     def flush(self) -> bool:
-        """Write what the steps left out. Returns whether all scores since the last time are finite; waits for that."""
-        self._write()
+        """`write`, and whether all scores since the last time are finite; waits for that."""
+        self.write()
         good = bool(self._good)
         self._good.fill_(True)
         return good
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Scores, positions and flags of the units that steps added. Waits for nothing."""
         written, self._pending, self._stale = self._pending, 0, True
         self._good &= write(self._backbone, self._method, self._cache, written, self._step.stash)
 
     def _refresh(self) -> None:
-        """Counters from the cache; a new capture if its slabs lie elsewhere than the graph thinks."""
-        layers = self._cache.layers
-        self._step.state.copy_(row_state(self._cache, self._pending)[:, None], non_blocking=True)
+        """Counters and addresses from the cache; a new capture if launches were made for slabs of other sizes."""
+        slabs = _slabs_of(self._cache)
+        state = row_state(self._cache, self._pending, addresses(slabs).unflatten(0, (len(slabs), -1)))
+        self._step.state.copy_(state, non_blocking=True)
         self._stale = False
-        self._rope.grow(max(len(held.slab) for held in layers) + 1)
-        self._step.prepare(self._rope, [held.slab.tensors()["k"].data_ptr() for held in layers])
+        sizes = [slab.shape[2] for slab in slabs]
+        self._rope.grow(max(sizes) + 1)
+        seen = sizes if self._by_address else [slab.data_ptr() for slab in slabs]
+        self._scattered = [Scattered(slab.split(1), table, slots, stretch=None)
+                           for slab, table, slots in zip(slabs, self._step.tables, sizes, strict=True)]  # fmt: skip
+        self._step.prepare(self._backbone, self._rope, _pairs(self._scattered if self._by_address else slabs), seen)
 
 
 def alike(reader: Reader) -> bool:
@@ -206,7 +253,7 @@ def can_capture(backbone: Backbone) -> bool:
 
 
 def room(cache: KVCache) -> bool:
-    """Whether every slab takes one more unit without an eviction."""
+    """Whether every slab takes one more unit."""
     return all(held.held < len(held.slab) for held in cache.layers)
 
 
@@ -217,12 +264,22 @@ def count(cache: KVCache, steps: int) -> None:
     cache.seen += steps
 
 
-def row_state(cache: KVCache, pending: int, tables: Tensor | None = None) -> Tensor:
-    """A row of `Step.state` for a cache whose last `pending` units are stashed, [4 L + 2, Hkv], on the host."""
-    heads = cache.layers[0].heads
+def row_state(cache: KVCache, pending: int, tables: Tensor) -> Tensor:
+    """`Step.state` of the rows of a cache whose last `pending` units are stashed, int64 on the host, [4 L + 2, B, Hkv].
+
+    tables: `addresses` of its slabs, [2 L, B, Hkv].
+    """
     held = [layer.held for layer in cache.layers]
-    numbers = torch.tensor([*held, *(n + 1 for n in held), pending, 1])[:, None].expand(-1, heads)
-    return torch.cat((torch.zeros(2 * len(held), heads, dtype=torch.int64) if tables is None else tables, numbers))
+    numbers = torch.tensor([*held, *(n + 1 for n in held), pending, 1])
+    return torch.cat((tables, numbers[:, None, None].expand(-1, *tables.shape[1:])))
+
+
+def reads_tables(backbone: Backbone) -> bool:
+    """Whether kernels find the rows. The torch paths go by the list of slabs: a capture would never see it change."""
+    like = torch.empty(0, dtype=backbone.dtype, device=backbone.device)
+    groups = backbone.num_q_heads // backbone.num_kv_heads
+    fits = groups <= MOST_ROWS and backbone.dtype != torch.float64
+    return fits and use_triton("append", like) and use_triton("decode_attention", like)
 
 
 def write(backbone: Backbone, method: Method, cache: KVCache, pending: int, stash: Tensor | None) -> Tensor:
@@ -247,15 +304,15 @@ def write(backbone: Backbone, method: Method, cache: KVCache, pending: int, stas
     return good
 
 
-def _dense(cache: KVCache) -> Slabs:
-    """The slabs of one cache, wherever they lie by then."""
+def _slabs_of(cache: KVCache) -> list[Tensor]:
+    """K of all layers and then V, wherever they lie by now."""
+    held = [layer.slab for layer in cache.layers]
+    return [getattr(slab, name) for name in ("k", "v") for slab in held]
 
-    def slabs(layer: int) -> tuple[Tensor, Tensor]:
-        slab = cache.layers[layer].slab
-        assert isinstance(slab, Units)
-        return slab.k, slab.v
 
-    return slabs
+def _pairs(slabs: Sequence[Tensor | Scattered]) -> Slabs:
+    layers = len(slabs) // 2
+    return lambda layer: (slabs[layer], slabs[layer + layers])
 
 
 def _plain(held: LayerCache) -> bool:

@@ -81,6 +81,7 @@ class Reader:
             fixed += budgeted * (config.chunk_size or 3072)
         if method.ragged:
             fixed += windows.count(None) * heads * 8  # their lengths
+        fixed += budgeted * spare_units(method)
         plan = config.resolve(prompt_len=prompt_len, unit_bytes=budgeted or max(each), fixed_bytes=fixed,
                               num_protected=num_protected)  # fmt: skip
         if not method.evicts:
@@ -107,7 +108,8 @@ class Reader:
         initial = total or prompt_len or 0
         windows = [layer.window for layer in backbone.layers]
         budgets = _layer_budgets(method, plan, windows, num_protected)
-        capacity = None if plan.budget is None else [min(budget, total or budget) for budget in budgets]
+        most = [budget + spare_units(method) for budget in budgets]
+        capacity = None if plan.budget is None else [min(units, total or units) for units in most]
         chunk = min(plan.chunk_size, total or plan.chunk_size)
         cache = KVCache(
             windows=windows, batch=batch, num_kv_heads=backbone.num_kv_heads, head_dim=backbone.head_dim,
@@ -174,11 +176,15 @@ class Reader:
         """Decode: read one token a row, [B]; returns logits [B, V].
 
         When the budget is full, one eviction makes room for `decode_interval` steps; the newest units are pinned. On a
-        GPU steps in between are replayed from a graph: call `settle` before reading the cache.
+        GPU steps are replayed from a graph: call `settle` before reading the cache.
         """
         graph = self._step_graph()
         if graph is not None and graph.room():
-            return graph.step(tokens)
+            last = graph.step(tokens)
+            if self.overfull:
+                graph.write()
+                self.evict()
+            return last
         logits = self._run(ChunkPass.of_step(self), tokens[:, None], logits=1)
         self.check_scores()
         assert logits is not None
@@ -186,9 +192,29 @@ class Reader:
 
     @property
     def can_unread(self) -> bool:
-        """Whether `unread` could take back a `step` now."""
+        """Whether `unread` could take back a `step` now: not one that evicts."""
         graph = self._step_graph()
-        return graph is not None and graph.room()
+        full = self.plan.budget is not None and any(
+            held.held >= budget for held, budget in zip(self.cache.layers, self.budgets, strict=True)
+        )
+        return graph is not None and graph.room() and not full
+
+    @property
+    def overfull(self) -> bool:
+        """Whether a replayed step has put a unit into the spare slot, so that `evict` is due."""
+        return self.plan.budget is not None and any(
+            held.held > budget for held, budget in zip(self.cache.layers, self.budgets, strict=True)
+        )
+
+    def evict(self) -> None:
+        """What an ordinary step does at its end, after a replayed one: layers above their budget are cut back.
+
+        The units' scores must be there (`StepGraph.write`). Waits for nothing.
+        """
+        step = ChunkPass.of_step(self)
+        for layer, held in enumerate(self.cache.layers):
+            if held.held > self.budgets[layer]:
+                step.evict_by_scores(layer)
 
     def unread(self) -> None:
         """Take back the last `step`: the token is not in the cache any more."""
@@ -332,6 +358,16 @@ class ChunkPass:
         pinned = pin(protected, num_sinks=self.plan.num_sinks, num_newest=self.newest, positions=position)
         return self.reader.method.select(score, target, pinned, view)
 
+    def evict_by_scores(self, layer: int) -> None:
+        """Cut a layer back to its target by the scores that its units have."""
+        held = self.cache.layers[layer]
+        units = held.revisit()
+        nothing = units["score"].new_empty(0)  # whoever scores by the token alone chooses by scores alone
+        view = ChunkView(layer, nothing, nothing, nothing, self.start, 1.0)
+        keep = self._kept(view, units["score"], units["position"], units["protected"])
+        self.cache.note_scratch(held.compact_bytes(keep.shape[-1]))
+        held.keep(keep)
+
     def _target(self, layer: int) -> int:
         """Units that an eviction leaves in a layer."""
         assert self.plan.budget is not None
@@ -469,6 +505,11 @@ class ChunkPass:
             units.state[..., method.state.index(BIAS)] = merged.bias
         held.keep(keep)
         return merged.k.nbytes + merged.v.nbytes
+
+
+def spare_units(method: Method) -> int:
+    """Units of a slab beyond the budget: a replayed step writes its unit before anybody is evicted for it."""
+    return int(method.evicts and method.per_token)
 
 
 def _joins(backbone: Backbone, method: Method) -> bool:

@@ -27,7 +27,6 @@ from locret.kernels.scattered import Scattered
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # its dot multiplies the bits of bf16 as if they were numbers
 LONGEST_STRETCH = 1024
-SCATTERED_STRETCH = 512  # always: where a row is cut must not depend on how long the others are
 
 
 @triton.jit
@@ -311,8 +310,8 @@ def decode_attention_triton(
     fixed = constants(dim, num_q // heads, t, tile.slots, k, angles)
     fixed |= dict(CAPPED=softcap is not None, UPCAST=INTERPRETED and q.dtype == torch.bfloat16)
     fixed |= dict(SCATTERED=isinstance(k, Scattered), ALIGNED=isinstance(k, Scattered) and k.aligned)
-    cut = SCATTERED_STRETCH if isinstance(k, Scattered) else _stretch(slots, batch * heads, tile.slots, q.device)
-    stretch = tile.stretch or cut
+    cut = k.stretch if isinstance(k, Scattered) else None
+    stretch = tile.stretch or cut or _stretch(slots, batch * heads, tile.slots, q.device)
     splits = triton.cdiv(slots, stretch)
     part = torch.empty(batch * heads, splits, rows, dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(batch * heads, splits, rows, dtype=torch.float32, device=q.device)
