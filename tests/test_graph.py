@@ -24,7 +24,7 @@ from locret.prefill import ChunkPass, Reader
 FAMILIES = ["llama", "qwen2", "qwen3", "phi3", "phi3-longrope", "gemma", "glm", "cohere", "smollm3", "yarn"]
 
 
-def method_of(name, backbone):
+def method_of(name, backbone, **options):
     heads = (
         RetainingHeads(HeadsConfig.of(backbone), generator=torch.Generator().manual_seed(1))
         if name == "locret"
@@ -32,7 +32,7 @@ def method_of(name, backbone):
     )
     if heads is not None:
         heads = heads.to(backbone.device, backbone.dtype)
-    return get_method(name, heads=heads)
+    return get_method(name, heads=heads, **options)
 
 
 def words(rows, length, device="cpu"):
@@ -53,8 +53,8 @@ def decode(backbone, method, config, prompt, text, graph, capture=False):
     return torch.stack(logits), reader.cache
 
 
-def compare(backbone, name, config, text, prompt_len, capture=False, rtol=1e-4):
-    method, prompt, rest = method_of(name, backbone), text[:, :prompt_len], text[:, prompt_len:]
+def compare(backbone, name, config, text, prompt_len, capture=False, rtol=1e-4, options=None):
+    method, prompt, rest = method_of(name, backbone, **(options or {})), text[:, :prompt_len], text[:, prompt_len:]
     logits, cache = decode(backbone, method, config, prompt, rest, graph=False)
     mine, mine_cache = decode(backbone, method, config, prompt, rest, graph=True, capture=capture)
     assert (mine - logits).float().norm() <= rtol * logits.float().norm()
@@ -81,6 +81,13 @@ def test_other_methods_whose_units_are_scored_alone(name):
     backbone = Backbone(build_tiny_model("llama"))
     config = CacheConfig(budget=40, chunk_size=16, num_stabilizers=4, local_window=4, decode_interval=5)
     compare(backbone, name, config, words(1, 80), 20)
+
+
+@pytest.mark.parametrize("name", ["snapkv", "recency", "tova", "keydiff", "expected_attention", "nacl"])
+def test_methods_that_score_when_they_evict_are_replayed_between_evictions(name):
+    backbone = Backbone(build_tiny_model("llama"))
+    config = CacheConfig(budget=40, chunk_size=16, num_stabilizers=4, local_window=4, decode_interval=5)
+    compare(backbone, name, config, words(2, 80), 50, options={"window": 8} if name == "snapkv" else {})
 
 
 def test_a_stash_that_is_full_is_scored_and_emptied():
@@ -145,8 +152,9 @@ def test_the_next_reader_replays_what_was_captured_for_the_last(monkeypatch):
 @pytest.mark.parametrize(
     ("family", "name", "options"),
     [
-        ("llama", "snapkv", {}),  # its scores depend on the chunk
-        ("llama", "recency", {}),  # scores all units again
+        ("llama", "h2o", {}),  # every step adds to the scores of all units
+        ("llama", "corm", {}),
+        ("llama", "adakv", {}),  # heads of different lengths
         ("mistral-window", "locret", {}),
         ("llama", "locret", {"storage": "int8"}),
         ("llama", "locret", {"positions": "original"}),

@@ -157,7 +157,7 @@ def test_readers_with_other_rotation_tables_stay_out(family: str, steps: dict[st
 
 
 @pytest.mark.parametrize(("method", "family", "options"), [
-    ("snapkv", "llama", {}), ("locret", "mistral-window", {}), ("locret", "llama", {"storage": "int8"}),
+    ("h2o", "llama", {}), ("locret", "mistral-window", {}), ("locret", "llama", {"storage": "int8"}),
     ("locret", "llama", {"positions": "original"}), ("adakv", "llama", {}),
 ])  # fmt: skip
 def test_what_has_no_steps_alike_goes_row_by_row(

@@ -31,7 +31,7 @@ from locret.backbone import AttentionCall, Backbone, Rope
 from locret.cache import KVCache, LayerCache, Units
 from locret.kernels.append import append
 from locret.kernels.decode_attention import MOST_ROWS, Angles, Span, decode_attention
-from locret.kernels.scattered import Scattered, addresses
+from locret.kernels.scattered import STRETCH, Scattered, addresses
 from locret.kernels.switch import use_triton
 from locret.methods.base import ChunkView, Method
 from locret.select import finite
@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 
 MOST_STASHED = 64
 Slabs = Callable[[int], "tuple[Tensor | Scattered, Tensor | Scattered]"]  # K and V of a layer, [B, Hkv, S, D] each
-_KEPT = 64 << 20  # bytes of a step's stash, up to which it waits for the next reader
+_KEPT_BYTES = 64 << 20  # of a step's stash, up to which it waits for the next reader
+_KEPT = 8  # steps that wait at most
 
 
 class Step:
@@ -151,8 +152,12 @@ def _take(backbone: Backbone, rows: int, stashed: int) -> Step:
 def _give(step: Step, backbone: weakref.ref[Backbone], rows: int, stashed: int) -> None:
     step.let_go()  # not the model either, which would never be freed
     owner = backbone()
-    if owner is not None and (step.stash is None or step.stash.nbytes <= _KEPT):
-        _IDLE.setdefault(owner, {})[rows, stashed] = step
+    if owner is not None and (step.stash is None or step.stash.nbytes <= _KEPT_BYTES):
+        idle = _IDLE.setdefault(owner, {})
+        idle.pop((rows, stashed), None)
+        idle[rows, stashed] = step
+        if len(idle) > _KEPT:
+            del idle[next(iter(idle))]  # the one that has waited longest
 
 
 class StepGraph:
@@ -163,7 +168,7 @@ class StepGraph:
         self._backbone, self._method = reader.backbone, reader.method
         self._cache = cache = reader.cache
         self._rope = reader.rope
-        scored = reader.method.evicts and reader.plan.budget is not None
+        scored = reader.method.evicts and reader.method.per_token and reader.plan.budget is not None
         stashed = min(reader.plan.decode_interval, MOST_STASHED) if scored else 0
         if capture:
             self._step = _take(reader.backbone, cache.batch, stashed)
@@ -227,7 +232,7 @@ class StepGraph:
         state = row_state(self._cache, self._pending, addresses(slabs).unflatten(0, (len(slabs), -1)))
         self._step.state.copy_(state, non_blocking=True)
         self._stale = False
-        sizes = [slab.shape[2] for slab in slabs]
+        sizes = [-(-slab.shape[2] // STRETCH) * STRETCH for slab in slabs]  # few sizes, so that few captures are made
         self._rope.grow(max(sizes) + 1)
         seen = sizes if self._by_address else [slab.data_ptr() for slab in slabs]
         self._scattered = [Scattered(slab.split(1), table, slots, stretch=None)
@@ -238,7 +243,7 @@ class StepGraph:
 def alike(reader: Reader) -> bool:
     """Whether this reader's decode steps are all the same work."""
     backbone, plan = reader.backbone, reader.plan
-    if reader.method.evicts and not reader.method.per_token:
+    if reader.method.evicts and not (reader.method.per_token or reader.method.memoryless):
         return False
     if any(not _plain(held) for held in reader.cache.layers) or getattr(reader.method, "wants_hidden", False):
         return False

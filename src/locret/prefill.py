@@ -310,7 +310,7 @@ class ChunkPass:
             if method.rescoring or method.reduces:
                 ahead = functools.partial(self._ahead, layer, len(units))
                 view = dataclasses.replace(view, joined=Joined(units, keys, probe, ahead))
-            if method.rescoring:
+            if method.rescoring and (not method.memoryless or self._exceeds(held, layer, len(units))):
                 units.score.copy_(method.score(view))
             scratch += self._evict(held, units, view) + probe.scratch_bytes
         self.cache.note_scratch(scratch)
@@ -477,19 +477,21 @@ class ChunkPass:
         else:
             held.settle()
 
+    def _exceeds(self, held: LayerCache, layer: int, appended: int) -> bool:
+        """Whether a layer with so many `appended` units, padding included, is cut back."""
+        if self.plan.budget is None or self.target is None:
+            return False
+        return appended - (held.width - held.held) > self.reader.budgets[layer]
+
     def _evict(self, held: LayerCache, units: Units, view: ChunkView) -> int:
         """Cut a layer back to its budget; returns the bytes of the units that were made of others meanwhile."""
         method = self.reader.method
         if method.evicts:
             self._note(units.score)
-        if self.plan.budget is None or self.target is None:
+        if not self._exceeds(held, view.layer, len(units)):
             held.settle()
             return 0
-        budget, padding = self.reader.budgets[view.layer], held.padding
-        total = len(units) if padding is None else held.held + len(units) - held.width
-        if total <= budget:
-            held.settle()
-            return 0
+        padding = held.padding
         target = self._target(view.layer)
         pinned = pin(units.protected, num_sinks=self.plan.num_sinks, num_newest=self.newest, positions=units.position)
         scores = units.score

@@ -46,7 +46,7 @@ class SlotsGraph:
         self._filler = torch.zeros((), dtype=torch.int64, device=device)
         self._slabs = [[self._dummy] * rows for _ in range(2 * layers)]  # K of all layers, then V
         self._scattered: list[Scattered] = []
-        self._step = Step(backbone, rows, MOST_STASHED if method.evicts else 0, capture=capture)
+        self._step = Step(backbone, rows, MOST_STASHED if method.evicts and method.per_token else 0, capture=capture)
         idle = [*[0] * layers, *[1] * layers, 0, 0]  # at, stop, slot, advance
         self._idle = torch.cat((addresses([self._dummy] * 2 * layers),
                                 torch.tensor(idle)[:, None].expand(-1, backbone.num_kv_heads)))  # fmt: skip
@@ -61,7 +61,9 @@ class SlotsGraph:
     @classmethod
     def of(cls, backbone: Backbone, method: Method, rows: int) -> SlotsGraph | None:
         """None where no reader's steps are alike by method or model, or where they cannot be captured on a GPU."""
-        if (method.evicts and not method.per_token) or any(layer.window is not None for layer in backbone.layers):
+        if (method.evicts and not (method.per_token or method.memoryless)) or any(
+            layer.window is not None for layer in backbone.layers
+        ):
             return None
         on_gpu = backbone.device.type != "cpu"
         if on_gpu and not (can_capture(backbone) and reads_tables(backbone)):
