@@ -16,6 +16,7 @@ Shapes: B batch, T prompt, C chunk, P cached units, S = P + C, Hq/Hkv heads, D h
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -26,6 +27,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from locret.aside import Aside
 from locret.backbone import AttentionCall, Backbone, Rope, model_length
 from locret.cache import KVCache, LayerCache, Units, unit_bytes
 from locret.config import CacheConfig, CachePlan
@@ -241,7 +243,8 @@ class Reader:
 
     def _run(self, chunk: ChunkPass, ids: Tensor, *, logits: int) -> Tensor | None:
         self.settle()
-        out = self.backbone.run(ids, chunk, logits=ids.shape[1] if self.method.wants_surprisal else logits)
+        with chunk.aside:
+            out = self.backbone.run(ids, chunk, logits=ids.shape[1] if self.method.wants_surprisal else logits)
         chunk.finish(ids, out)
         return out
 
@@ -255,11 +258,11 @@ class ChunkPass:
         self.start, self.chunk = reader.cache.seen, chunk
         self.wants_hidden = reader.method.wants_hidden
         self.largest: list[Tensor] = []  # of each layer's scores, in absolute value
+        self.aside = Aside()  # once entered, a layer chooses and moves its units beside what follows
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
         method, held = self.reader.method, self.cache.layers[layer]
         window = held.window
-        before = held.width
         view = ChunkView(layer, q, k, v, self.start, call.scale, call.hidden)
         if window is None and self._overflows(held, k.shape[2]) and not self.cache.joins:
             return self._attend_beside(held, view)
@@ -269,7 +272,7 @@ class ChunkPass:
         )
         held.watch(q)
         padding = held.padding
-        q_rotated, keys = self._rotate(layer, held, q, units, before, padding)
+        q_rotated, keys = self._rotate(held, view, [units], padding)
         bias = self._bias(units, padding) if window is None else None
         out = prefix_causal_attention(
             q_rotated, keys, units.v, scale=call.scale, softcap=call.softcap, window=window, bias=bias
@@ -294,43 +297,37 @@ class ChunkPass:
         return type(held) is LayerCache and isinstance(held.slab, Units) and held.held + count > len(held.slab)
 
     def _attend_beside(self, held: LayerCache, view: ChunkView) -> Tensor:
-        """`attend` where the layer will evict and its old units and the chunk's need not lie together."""
-        layer, before, count = view.layer, held.held, view.k.shape[2]
+        """`attend` where the layer will evict and its old units and the chunk's need not lie together.
+
+        The slab is not read again in this pass, so that what becomes of it runs aside: the choice beside the attention,
+        the move beside the matrices that follow. It is joined when the next layer comes here.
+        """
+        self.aside.join()
+        before = held.held
         new = self._new_units(view.k, view.v, self.reader.method.score(view))
         old = held.beside(new)
-        shape = (*new.k.shape[:2], before + count, new.k.shape[3])
-        keys = torch.empty(shape, dtype=new.k.dtype, device=new.k.device)
-        if self.plan.positions == "original" and held.evicted:
-            at = torch.arange(self.start, self.start + count, device=keys.device)
-            self.reader.rope.grow(self.start + count)
-            self.reader.rope.rotate(layer, old.k, old.position, out=keys[:, :, :before])
-            self.reader.rope.rotate(layer, new.k, at, out=keys[:, :, before:])
-            q = self.reader.rope.rotate(layer, view.q, at)
-        else:
-            first = self.start - before if self.plan.positions == "original" else 0
-            self.reader.rope.grow(first + before + count)
-            self.reader.rope.run(layer, old.k, first, out=keys[:, :, :before])
-            self.reader.rope.run(layer, new.k, first + before, out=keys[:, :, before:])
-            q = self.reader.rope.run(layer, view.q, first + before)
+        keep = self._keep(view, old, new)
+        q, keys = self._rotate(held, view, [old, new], None)
         out = two_part_attention(
             q, (keys[:, :, :before], old.v), (keys[:, :, before:], new.v), scale=view.scale
         )  # fmt: skip
         self.cache.note_scratch(keys.nbytes)
-        del q, keys
-        score, position, protected = (
-            torch.cat((getattr(old, name), getattr(new, name)), 2) for name in ("score", "position", "protected")
-        )
-        self._note(new.score)
-        keep = self._kept(view, score, position, protected)
+        del keys
         self.cache.note_scratch(held.compact_bytes(keep.shape[-1]))
-        held.keep(keep)
+        with self.aside.run(new.k.device, new):
+            held.keep(keep)
         return out
 
-    def _kept(self, view: ChunkView, score: Tensor, position: Tensor, protected: Tensor) -> Tensor:
-        """Indices of the units that stay, of all that a layer has at the moment, [B, Hkv, S] each."""
-        target = self._target(view.layer)
-        pinned = pin(protected, num_sinks=self.plan.num_sinks, num_newest=self.newest, positions=position)
-        return self.reader.method.select(score, target, pinned, view)
+    def _keep(self, view: ChunkView, old: Units, new: Units) -> Tensor:
+        """Indices of the units that stay, of old and new ones, [B, Hkv, b]."""
+        method, target = self.reader.method, self._target(view.layer)
+        with contextlib.nullcontext() if _chooses(method) else self.aside.run(new.k.device, new):
+            self._note(new.score)
+            score, position, protected = (
+                torch.cat((getattr(old, name), getattr(new, name)), 2) for name in ("score", "position", "protected")
+            )
+            pinned = pin(protected, num_sinks=self.plan.num_sinks, num_newest=self.newest, positions=position)
+            return method.select(score, target, pinned, view)
 
     def _target(self, layer: int) -> int:
         """Units that an eviction leaves in a layer."""
@@ -406,28 +403,47 @@ class ChunkPass:
         return Units(k, v, scores, position, protected, state)
 
     def _rotate(
-        self, layer: int, held: LayerCache, q: Tensor, units: Units, before: int, padding: Tensor | None
+        self, held: LayerCache, view: ChunkView, parts: list[Units], padding: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Queries and all keys at the angles that the position policy gives them.
 
         Kept whole or re-numbered, units lie at first, first + 1, ...; only an evicted cache under "original" has gaps,
-        and other ones in every head. Ragged heads are numbered each from its own first unit.
+        and other ones in every head. Ragged heads are numbered each from its own first unit. Queries are rotated where
+        they are if nobody will ask how they were: they are as large as all hidden states of the chunk.
+
+        parts: all units, in order, the chunk's last.
         """
-        rope, count, c = self.reader.rope, len(units), q.shape[2]
+        rope, layer, q, c = self.reader.rope, view.layer, view.q, view.q.shape[2]
+        count = sum(len(part) for part in parts)
         original = self.plan.positions == "original"
-        if original:
-            rope.grow(self.start + c)
-        if original and held.window is None and (held.evicted or padding is not None):
-            at = torch.arange(self.start, self.start + c, device=q.device)
-            return rope.rotate(layer, q, at), rope.rotate(layer, units.k, units.position)
-        first = self.start - before if original else 0
-        rope.grow(first + count)
-        at = torch.arange(first, first + count, device=q.device)
-        if padding is None:
-            return rope.rotate(layer, q, at[before:]), rope.rotate(layer, units.k, at)
-        own = (at - padding[..., None]).clamp(min=0)  # [B, Hkv, S]
-        queries = own[:, :, before:].repeat_interleave(q.shape[1] // own.shape[1], 1)
-        return rope.rotate(layer, q, queries), rope.rotate(layer, units.k, own)
+        gaps = original and held.window is None and (held.evicted or padding is not None)
+        first = self.start + c - count if original else 0
+        rope.grow(self.start + c if original else count)
+        out = None if self._looks_back(held) else q
+        own = None  # positions, where units do not lie at first, first + 1, ...
+        if gaps:
+            own = torch.cat([part.position for part in parts], 2)
+            q = rope.rotate(layer, q, torch.arange(self.start, self.start + c, device=q.device), out)
+        elif padding is not None:
+            own = (torch.arange(first, first + count, device=q.device) - padding[..., None]).clamp(min=0)  # [B, Hkv, S]
+            q = rope.rotate(layer, q, own[:, :, -c:].repeat_interleave(q.shape[1] // own.shape[1], 1), out)
+        else:
+            q = rope.run(layer, q, first + count - c, out)
+        keys = view.k.new_empty(*view.k.shape[:2], count, view.k.shape[3])
+        done = 0
+        for part in parts:
+            to = keys[:, :, done : done + len(part)]
+            if own is None:
+                rope.run(layer, part.k, first + done, to)
+            else:
+                rope.rotate(layer, part.k, own[:, :, done : done + len(part)], to)
+            done += len(part)
+        return q, keys
+
+    def _looks_back(self, held: LayerCache) -> bool:
+        """Whether anybody looks at a layer's queries after they were rotated."""
+        method = self.reader.method
+        return method.rescoring or method.reduces or _chooses(method) or held.watches
 
     def _ahead(self, layer: int, count: int, x: Tensor) -> Tensor:
         """x [B, H, T, D] at the angles of the T positions behind a layer's newest unit."""
@@ -475,6 +491,11 @@ def _joins(backbone: Backbone, method: Method) -> bool:
     """Whether chunks must lie behind the cached units, in one piece, to be attended to or chosen from."""
     looks = method.rescoring or method.reduces or method.wants_surprisal or not method.evicts or BIAS in method.state
     return looks or any(call.softcap is not None for call in backbone.calls)
+
+
+def _chooses(method: Method) -> bool:
+    """Whether it has a selection of its own, that may look at anything."""
+    return type(method).select is not Method.select
 
 
 def not_finite(method: Method, first: int, last: int) -> NumericsError:

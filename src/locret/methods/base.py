@@ -29,7 +29,7 @@ from locret.select import select
 
 @dataclass(frozen=True)
 class ChunkView:
-    """What a method may look at when a chunk has been appended to a layer."""
+    """What a method may look at when a chunk has been appended to a layer, and no longer: queries are overwritten."""
 
     layer: int
     q: Tensor  # the chunk's queries before RoPE, [B, Hq, C, D]
