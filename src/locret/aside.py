@@ -6,8 +6,8 @@
         aside.join()                        what is launched from here on is behind it
     ...                                     joined, whatever happened in between
 
-Outside `with Aside()`, and where there is no CUDA, `run` is the main stream: the same order, one after the other. A fork
-and its join are events, so both can be captured in a CUDA graph.
+Outside `with Aside()`, and where there is no CUDA, `run` is the main stream: the same order, one after the other. A
+fork and its join are events, so both can be captured in a CUDA graph.
 
 The allocator gives memory that is freed to the next who asks on the stream that it was allocated on, and knows nothing
 of others that still use it. So tensors from outside are given to `run`, which holds them until the join.
