@@ -16,7 +16,6 @@ Shapes: B batch, T prompt, C chunk, P cached units, S = P + C, Hq/Hkv heads, D h
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -34,10 +33,11 @@ from locret.config import CacheConfig, CachePlan
 from locret.errors import ConfigError, NumericsError
 from locret.graph import MOST_STASHED, StepGraph
 from locret.kernels.attention import prefix_causal_attention, two_part_attention
+from locret.kernels.compact import Candidates, candidates, kept_beside, pin
 from locret.methods.base import BIAS, ChunkView, Joined, Method
 from locret.observe import AttentionProbe, surprisal
 from locret.sampling import read_back
-from locret.select import check_pins, finite, pin
+from locret.select import check_pins, finite
 from locret.stores import fixed_bytes, layer_stores
 
 Progress = Callable[[int, int], object]
@@ -257,7 +257,8 @@ class ChunkPass:
         self.target, self.newest, self.protected = target, newest, protected
         self.start, self.chunk = reader.cache.seen, chunk
         self.wants_hidden = reader.method.wants_hidden
-        self.largest: list[Tensor] = []  # of each layer's scores, in absolute value
+        self.sound: list[Tensor] = []  # of each layer: finite where its scores are
+        self._marked: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self.aside = Aside()  # once entered, a layer chooses and moves its units beside what follows
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
@@ -321,13 +322,16 @@ class ChunkPass:
     def _keep(self, view: ChunkView, old: Units, new: Units) -> Tensor:
         """Indices of the units that stay, of old and new ones, [B, Hkv, b]."""
         method, target = self.reader.method, self._target(view.layer)
-        with contextlib.nullcontext() if _chooses(method) else self.aside.run(new.k.device, new):
+        first, second = (Candidates(units.score, units.position, units.protected) for units in (old, new))
+        pins = dict(num_sinks=self.plan.num_sinks, num_newest=self.newest)
+        if _chooses(method):  # here and now: it may look at queries, which are rotated in place next
             self._note(new.score)
-            score, position, protected = (
-                torch.cat((getattr(old, name), getattr(new, name)), 2) for name in ("score", "position", "protected")
-            )
-            pinned = pin(protected, num_sinks=self.plan.num_sinks, num_newest=self.newest, positions=position)
+            score, pinned = candidates(first, second, **pins)
             return method.select(score, target, pinned, view)
+        with self.aside.run(new.k.device, new):
+            keep, sound = kept_beside(first, second, target, **pins)
+            self.sound.append(sound)
+        return keep
 
     def _target(self, layer: int) -> int:
         """Units that an eviction leaves in a layer."""
@@ -367,13 +371,14 @@ class ChunkPass:
 
     def _note(self, scores: Tensor) -> None:
         """Remember to look at a layer's scores: one kernel that keeps NaN."""
-        self.largest.append(torch.linalg.vector_norm(scores, math.inf).to(self.reader.backbone.device))
+        self.sound.append(torch.linalg.vector_norm(scores, math.inf, dim=-1))
 
     def _check(self, first: int, last: int) -> Check | None:
         """Of the scores of tokens first .. last - 1: begin to read back whether they are numbers."""
-        if not self.largest:
+        if not self.sound:
             return None
-        method, wait = self.reader.method, read_back(finite(torch.stack(self.largest))[None])
+        home = self.reader.backbone.device
+        method, wait = self.reader.method, read_back(finite(torch.stack([x.to(home) for x in self.sound]))[None])
 
         def check() -> None:
             if not wait()[0]:
@@ -394,13 +399,17 @@ class ChunkPass:
 
     def _new_units(self, k: Tensor, v: Tensor, scores: Tensor) -> Units:
         b, h, c, _ = k.shape
-        position = torch.arange(self.start, self.start + c, device=k.device).expand(b, h, c)
-        if self.protected is None:
-            protected = torch.zeros((), dtype=torch.bool, device=k.device).expand(b, h, c)
-        else:
-            protected = self.protected.to(k.device).expand(b, h, c)
+        position, protected = (mark.expand(b, h, c) for mark in self._marks(k.device))
         state = k.new_zeros(b, h, c, len(self.reader.method.state), dtype=torch.float32)
         return Units(k, v, scores, position, protected, state)
+
+    def _marks(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Position and protection of the chunk's tokens, [C], the same for all layers on a device."""
+        if device not in self._marked:
+            at = torch.arange(self.start, self.start + self.chunk, device=device)
+            none = torch.zeros(self.chunk, dtype=torch.bool, device=device)
+            self._marked[device] = at, none if self.protected is None else self.protected.to(device)
+        return self._marked[device]
 
     def _rotate(
         self, held: LayerCache, view: ChunkView, parts: list[Units], padding: Tensor | None
