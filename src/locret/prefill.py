@@ -31,14 +31,17 @@ from locret.backbone import AttentionCall, Backbone, Rope, model_length
 from locret.cache import KVCache, LayerCache, Units, unit_bytes
 from locret.config import CacheConfig, CachePlan
 from locret.errors import ConfigError, NumericsError
-from locret.graph import MOST_STASHED, StepGraph
+from locret.graph import MOST_STASHED, StepGraph, alike, can_capture
 from locret.kernels.attention import prefix_causal_attention, two_part_attention
 from locret.kernels.compact import Candidates, candidates, kept_beside, pin
 from locret.methods.base import BIAS, ChunkView, Joined, Method
 from locret.observe import AttentionProbe, surprisal
+from locret.replay import Replay, has_room
 from locret.sampling import read_back
 from locret.select import check_pins, finite
 from locret.stores import fixed_bytes, layer_stores
+
+WORTH = 8  # chunks that a recorded one must stand for: recording is launching once more
 
 Progress = Callable[[int, int], object]
 Check = Callable[[], None]
@@ -159,7 +162,17 @@ class Reader:
         if total == 0:
             raise ConfigError("the prompt has no tokens; give at least one")
         local = min(self.plan.local_window if local_window is None else local_window, total)
-        for start, stop in itertools.pairwise(self.edges(total, local)):
+        spans = list(itertools.pairwise(self.edges(total, local)))
+        plain = [stop < total - local and stop - start == self.cache.chunk_size for start, stop in spans]
+        warm, replay = False, None
+        for i, (start, stop) in enumerate(spans):
+            steady = plain[i] and protected is None and self._is_steady()
+            if steady and warm and (replay or (sum(plain[i:]) >= WORTH and has_room(ids.device))):
+                replay = replay or self._replay(ids[:, start:stop])
+                self._run_again(replay, ids[:, start:stop])
+                yield stop, None
+                continue
+            warm = steady
             last_chunk, is_local = stop == total - local, start >= total - local
             newest = self.plan.num_stabilizers
             if is_local and not more:
@@ -241,6 +254,32 @@ class Reader:
     ) -> Tensor | None:
         return self._run(ChunkPass(self, target, newest, protected, ids.shape[1]), ids, logits=logits)
 
+    def _is_steady(self) -> bool:
+        """Whether chunks are all the same work from now on: every layer is full, and positions decide nothing."""
+        layers = zip(self.cache.layers, self.budgets, strict=True)
+        same = self.method.evicts and self.method.replayable and not self.cache.joins and can_capture(self.backbone)
+        return same and alike(self) and all(held.held == len(held.slab) == budget for held, budget in layers)
+
+    def _replay(self, ids: Tensor) -> Replay:
+        """Of chunks like ids [B, C], while `_is_steady`."""
+
+        def work(ids: Tensor, at: Tensor) -> Tensor:
+            chunk = ChunkPass(self, self.plan.budget, self.plan.num_stabilizers, None, ids.shape[1], at=at)
+            with chunk.aside:
+                self.backbone.run(ids, chunk, logits=0)
+            sound = chunk.is_sound()
+            assert sound is not None, "every layer was scored"
+            return sound
+
+        angles = [self.rope.angles(layer) for layer in range(self.backbone.num_layers)]
+        return Replay(work, ids, [angles, self.cache.layers], capture=ids.is_cuda)
+
+    def _run_again(self, replay: Replay, ids: Tensor) -> None:
+        self.settle()
+        seen, count = self.cache.seen, ids.shape[1]
+        self.check_scores(_read_back(self.method, replay.run(ids, seen), seen, seen + count))
+        self.cache.seen += count
+
     def _run(self, chunk: ChunkPass, ids: Tensor, *, logits: int) -> Tensor | None:
         self.settle()
         with chunk.aside:
@@ -252,10 +291,14 @@ class Reader:
 class ChunkPass:
     """The `LayerContext` of one chunk or one decode step; `finish` ends it when the model has run."""
 
-    def __init__(self, reader: Reader, target: int | None, newest: int, protected: Tensor | None, chunk: int) -> None:
+    def __init__(
+        self, reader: Reader, target: int | None, newest: int, protected: Tensor | None, chunk: int, *,
+        at: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """at: positions of the chunk's tokens, [C], where they are not known on the host."""
         self.reader, self.cache, self.plan = reader, reader.cache, reader.plan
         self.target, self.newest, self.protected = target, newest, protected
-        self.start, self.chunk = reader.cache.seen, chunk
+        self.start, self.chunk, self.at = reader.cache.seen, chunk, at
         self.wants_hidden = reader.method.wants_hidden
         self.sound: list[Tensor] = []  # of each layer: finite where its scores are
         self._marked: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -366,25 +409,18 @@ class ChunkPass:
             assert logits is not None
             self.score_tokens(surprisal(logits, ids, reader.last_logits))
             reader.last_logits = logits[:, -1]
-        reader.check_scores(self._check(seen, seen + ids.shape[1]))
+        sound = self.is_sound()
+        reader.check_scores(None if sound is None else _read_back(reader.method, sound, seen, seen + ids.shape[1]))
         self.cache.seen += ids.shape[1]
 
     def _note(self, scores: Tensor) -> None:
         """Remember to look at a layer's scores: one kernel that keeps NaN."""
         self.sound.append(torch.linalg.vector_norm(scores, math.inf, dim=-1))
 
-    def _check(self, first: int, last: int) -> Check | None:
-        """Of the scores of tokens first .. last - 1: begin to read back whether they are numbers."""
-        if not self.sound:
-            return None
+    def is_sound(self) -> Tensor | None:
+        """Whether all scores are numbers: bool [], on the device; None: there are none."""
         home = self.reader.backbone.device
-        method, wait = self.reader.method, read_back(finite(torch.stack([x.to(home) for x in self.sound]))[None])
-
-        def check() -> None:
-            if not wait()[0]:
-                raise not_finite(method, first, last)
-
-        return check
+        return finite(torch.stack([scores.to(home) for scores in self.sound])) if self.sound else None
 
     def score_tokens(self, nats: Tensor) -> None:
         """After the forward pass: score every layer's units by the surprisal of their tokens, and evict."""
@@ -406,7 +442,7 @@ class ChunkPass:
     def _marks(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Position and protection of the chunk's tokens, [C], the same for all layers on a device."""
         if device not in self._marked:
-            at = torch.arange(self.start, self.start + self.chunk, device=device)
+            at = torch.arange(self.start, self.start + self.chunk, device=device) if self.at is None else self.at
             none = torch.zeros(self.chunk, dtype=torch.bool, device=device)
             self._marked[device] = at, none if self.protected is None else self.protected.to(device)
         return self._marked[device]
@@ -505,6 +541,17 @@ def _joins(backbone: Backbone, method: Method) -> bool:
 def _chooses(method: Method) -> bool:
     """Whether it has a selection of its own, that may look at anything."""
     return type(method).select is not Method.select
+
+
+def _read_back(method: Method, sound: Tensor, first: int, last: int) -> Check:
+    """Begin to read back whether the scores of tokens first .. last - 1 are numbers."""
+    wait = read_back(sound[None])
+
+    def check() -> None:
+        if not wait()[0]:
+            raise not_finite(method, first, last)
+
+    return check
 
 
 def not_finite(method: Method, first: int, last: int) -> NumericsError:
