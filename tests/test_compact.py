@@ -9,7 +9,16 @@ from triton_programs import compile_only, interpret
 from locret.cache import KVCache, Packed, Units
 from locret.errors import ConfigError
 from locret.kernels import switch
-from locret.kernels.compact import Column, compact, kept, reference_compact, reference_kept
+from locret.kernels.compact import (
+    Candidates,
+    Column,
+    compact,
+    kept,
+    kept_beside,
+    pin,
+    reference_compact,
+    reference_kept,
+)
 from locret.kernels.switch import use_triton
 from locret.select import reference_keep, select
 
@@ -39,6 +48,42 @@ def cases():
 
 
 CASES = cases()
+
+
+def pieces():
+    """name -> old and new units as they lie in a slab and come from heads, budget, pins."""
+    g = torch.Generator().manual_seed(7)
+    made = {}
+    for held, count, budget, sinks, newest in (
+        (100, 40, 100, 4, 10), (128, 128, 128, 0, 0), (200, 1, 200, 3, 20), (1, 150, 90, 1, 0), (90, 60, 20, 4, 16)
+    ):  # fmt: skip
+        shape = 2, 3, held + 50
+        position = torch.arange(shape[2]).expand(shape) * 2
+        slab = [torch.randn(shape, generator=g), position.clone(), torch.rand(shape, generator=g) < 0.02]
+        old = Candidates(*(x[:, :, :held] for x in slab))
+        score = torch.randn(2, count, 3, generator=g).transpose(1, 2)
+        at, marked = torch.arange(1000, 1000 + count), torch.rand(count, generator=g) < 0.02
+        new = Candidates(score, at.expand(2, 3, count), marked.expand(2, 3, count))
+        pins = dict(num_sinks=sinks, num_newest=newest)
+        made[f"{held} + {count}"] = old, new, budget, pins
+        for bad in (float("nan"), float("inf")) if count == 40 else ():
+            broken = score.clone()
+            broken[1, 2, count // 2] = bad
+            made[f"{held} + {count}, {bad}"] = old, new._replace(score=broken), budget, pins
+    return made
+
+
+PIECES = pieces()
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_kept_beside_is_kept_of_both_with_pins(name):
+    old, new, budget, pins = PIECES[name]
+    score, position, protected = (torch.cat(both, 2) for both in zip(old, new, strict=True))
+    pinned = pin(protected, num_sinks=pins["num_sinks"], num_newest=pins["num_newest"], positions=position)
+    keep, sound = kept_beside(old, new, budget, **pins)
+    assert torch.equal(keep, kept(score, pinned, budget))
+    assert torch.equal(sound.isfinite(), new.score.isfinite().all(-1))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -171,7 +216,8 @@ INTERPRETED = """
 import json, torch
 from locret.kernels import compact_triton
 from locret.select import reference_keep
-from test_compact import CASES, MOVES, same, table, untouched, wanted
+from locret.kernels.compact import kept_beside
+from test_compact import CASES, MOVES, PIECES, same, table, untouched, wanted
 out = {}
 for held in (compact_triton.HELD, 128):  # rows in one piece, and walked
     compact_triton.HELD = held
@@ -179,6 +225,12 @@ for held in (compact_triton.HELD, 128):  # rows in one piece, and walked
         place = torch.full((*scores.shape[:2], budget), -1)
         got = compact_triton.kept_triton(scores, pinned, budget, place)
         out[f"kept {name} {held == 128}"] = got.tolist() == reference_keep(scores.float(), budget, pinned)
+    for name, (old, new, budget, pins) in PIECES.items():
+        place = torch.full((*old.score.shape[:2], budget), -1)
+        got, sound = compact_triton.kept_beside_triton(old, new, budget, *pins.values(), place)
+        want, wanted_sound = kept_beside(old, new, budget, **pins)
+        right = torch.equal(sound.isfinite(), wanted_sound.isfinite())
+        out[f"pieces {name} {held == 128}"] = right and torch.equal(got, want)
 for tile in (compact_triton.TILE_BYTES, 512):  # one block, and many that overlap in place
     compact_triton.TILE_BYTES = tile
     for shape in MOVES:
@@ -204,7 +256,7 @@ def interpreted():
 def test_the_interpreted_kernels_equal_the_plain_reading(interpreted):
     wrong = [name for name, right in interpreted.items() if not right]
     assert not wrong
-    assert len(interpreted) == 2 * len(CASES) + 4 * len(MOVES)
+    assert len(interpreted) == 2 * len(CASES) + 2 * len(PIECES) + 4 * len(MOVES)
 
 
 # Triton's compiler needs no GPU to make a binary for one.
@@ -218,9 +270,11 @@ def build(kernel, types, fixed, warps):
     source = ASTSource(fn=kernel, signature=signature, constexprs=fixed)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": 1})
     print(made.metadata.shared, made.asm["ptx"].count("bar.sync"))
-types = dict(scores_ptr="*fp32", pinned_ptr="*u8", out_ptr="*i64", s="i32", budget="i32")
+pieces = ("*fp32", "*u8", "*i64")
+types = dict(olds=pieces, news=pieces, strides=(("i32",) * 6,) * 3, out_ptr="*i64", sound_ptr="*fp32")
+types |= dict.fromkeys(("heads", "held", "s", "budget", "sinks", "newest"), "i32")
 for block, warps in ((32768, 32), (128, 4)):
-    build(_kept, types, dict(BLOCK=block, ONE=block > 128, WALK=min(block, 8192)), warps)
+    build(_kept, types, dict(NEW=True, PIN=True, BLOCK=block, ONE=block > 128, WALK=min(block, 8192)), warps)
 pointers = ("*bf16", "*bf16", "*fp32", "*i64", "*u8")
 types = dict(olds=pointers, news=pointers, outs=pointers, strides=(("i32",) * 9,) * 5, keep_ptr="*i64")
 types |= dict(heads="i32", b="i32", held="i32")
@@ -280,6 +334,17 @@ def test_kept_on_a_gpu(name, monkeypatch):
     monkeypatch.setenv("LOCRET_TRITON", "compact")
     scores, pinned, budget = CASES[name]
     assert torch.equal(kept(scores.cuda(), pinned.cuda(), budget).cpu(), reference_kept(scores, pinned, budget))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", PIECES)
+def test_kept_beside_on_a_gpu(name, monkeypatch):
+    monkeypatch.setenv("LOCRET_TRITON", "compact")
+    old, new, budget, pins = PIECES[name]
+    keep, sound = kept_beside(*(Candidates(*(x.cuda() for x in units)) for units in (old, new)), budget, **pins)
+    want, _ = kept_beside(old, new, budget, **pins)
+    assert torch.equal(keep.cpu(), want)
+    assert torch.equal(sound.isfinite().cpu(), new.score.isfinite().all(-1))
 
 
 @pytest.mark.gpu

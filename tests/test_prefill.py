@@ -141,7 +141,7 @@ def test_attention_over_the_compacted_cache_is_full_attention_without_the_evicte
     class Watch(type(method_of("knorm", exact))):
         def score(self, view):
             for name in "qkv":
-                seen.setdefault((name, view.layer), []).append(getattr(view, name))
+                seen.setdefault((name, view.layer), []).append(getattr(view, name).clone())
             return super().score(view)
 
     outputs = []

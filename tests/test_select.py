@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from locret.errors import ConfigError
-from locret.select import check_pins, finite, pin, reference_keep, select
+from locret.kernels.compact import pin
+from locret.select import check_pins, finite, reference_keep, select
 
 
 @st.composite

@@ -263,6 +263,11 @@ class LayerCache:
         """The chunk's queries before RoPE, [B, Hq, C, D], for the time until its units are settled."""
         self._queries = q if isinstance(self.slab, Packed) else None
 
+    @property
+    def watches(self) -> bool:
+        """Whether queries are being held."""
+        return self._queries is not None
+
     def units(self) -> Units:
         """The units in use: a view, or decoded."""
         return self.slab[slice(0, self.held)].units()

@@ -179,8 +179,8 @@ class RetainingHead(nn.Module):
             columns = weight.split([part.shape[1] * dim * shard.size for part in (x.q, x.k, x.v)], dim=1)
             wq, wk, wv = (shard.part(part, 1) for part in columns)
             hidden = _rows(x.q, wq.dtype) @ wq.t()  # [B T, d_R]
-            hidden = torch.addmm(hidden, _rows(x.k, wk.dtype), wk.t())
-            hidden = shard.sum(torch.addmm(hidden, _rows(x.v, wv.dtype), wv.t()))
+            hidden = hidden.addmm_(_rows(x.k, wk.dtype), wk.t()).addmm_(_rows(x.v, wv.dtype), wv.t())
+            hidden = shard.sum(hidden)
         scores = self.act(hidden).float() @ shard.part(self.fc2.weight, 0).float().t()  # [B T, Hkv]
         return scores.view(batch, length, -1).transpose(1, 2)
 

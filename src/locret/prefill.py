@@ -26,17 +26,22 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from locret.aside import Aside
 from locret.backbone import AttentionCall, Backbone, Rope, model_length
 from locret.cache import KVCache, LayerCache, Units, unit_bytes
 from locret.config import CacheConfig, CachePlan
 from locret.errors import ConfigError, NumericsError
-from locret.graph import MOST_STASHED, StepGraph
+from locret.graph import MOST_STASHED, StepGraph, alike, can_capture
 from locret.kernels.attention import prefix_causal_attention, two_part_attention
+from locret.kernels.compact import Candidates, candidates, kept_beside, pin
 from locret.methods.base import BIAS, ChunkView, Joined, Method
 from locret.observe import AttentionProbe, surprisal
+from locret.replay import Replay, has_room
 from locret.sampling import read_back
-from locret.select import check_pins, finite, pin
+from locret.select import check_pins, finite
 from locret.stores import fixed_bytes, layer_stores
+
+WORTH = 8  # chunks that a recorded one must stand for: recording is launching once more
 
 Progress = Callable[[int, int], object]
 Check = Callable[[], None]
@@ -159,7 +164,17 @@ class Reader:
         if total == 0:
             raise ConfigError("the prompt has no tokens; give at least one")
         local = min(self.plan.local_window if local_window is None else local_window, total)
-        for start, stop in itertools.pairwise(self.edges(total, local)):
+        spans = list(itertools.pairwise(self.edges(total, local)))
+        plain = [stop < total - local and stop - start == self.cache.chunk_size for start, stop in spans]
+        warm, replay = False, None
+        for i, (start, stop) in enumerate(spans):
+            steady = plain[i] and protected is None and self._is_steady()
+            if steady and warm and (replay or (sum(plain[i:]) >= WORTH and has_room(ids.device))):
+                replay = replay or self._replay(ids[:, start:stop])
+                self._run_again(replay, ids[:, start:stop])
+                yield stop, None
+                continue
+            warm = steady
             last_chunk, is_local = stop == total - local, start >= total - local
             newest = self.plan.num_stabilizers
             if is_local and not more:
@@ -265,9 +280,36 @@ class Reader:
     ) -> Tensor | None:
         return self._run(ChunkPass(self, target, newest, protected, ids.shape[1]), ids, logits=logits)
 
+    def _is_steady(self) -> bool:
+        """Whether chunks are all the same work from now on: every layer is full, and positions decide nothing."""
+        layers = zip(self.cache.layers, self.budgets, strict=True)
+        same = self.method.evicts and self.method.replayable and not self.cache.joins and can_capture(self.backbone)
+        return same and alike(self) and all(held.held == budget for held, budget in layers)
+
+    def _replay(self, ids: Tensor) -> Replay:
+        """Of chunks like ids [B, C], while `_is_steady`."""
+
+        def work(ids: Tensor, at: Tensor) -> Tensor:
+            chunk = ChunkPass(self, self.plan.budget, self.plan.num_stabilizers, None, ids.shape[1], at=at)
+            with chunk.aside:
+                self.backbone.run(ids, chunk, logits=0)
+            sound = chunk.is_sound()
+            assert sound is not None, "every layer was scored"
+            return sound
+
+        angles = [self.rope.angles(layer) for layer in range(self.backbone.num_layers)]
+        return Replay(work, ids, [angles, self.cache.layers], capture=ids.is_cuda)
+
+    def _run_again(self, replay: Replay, ids: Tensor) -> None:
+        self.settle()
+        seen, count = self.cache.seen, ids.shape[1]
+        self.check_scores(_read_back(self.method, replay.run(ids, seen), seen, seen + count))
+        self.cache.seen += count
+
     def _run(self, chunk: ChunkPass, ids: Tensor, *, logits: int) -> Tensor | None:
         self.settle()
-        out = self.backbone.run(ids, chunk, logits=ids.shape[1] if self.method.wants_surprisal else logits)
+        with chunk.aside:
+            out = self.backbone.run(ids, chunk, logits=ids.shape[1] if self.method.wants_surprisal else logits)
         chunk.finish(ids, out)
         return out
 
@@ -275,17 +317,22 @@ class Reader:
 class ChunkPass:
     """The `LayerContext` of one chunk or one decode step; `finish` ends it when the model has run."""
 
-    def __init__(self, reader: Reader, target: int | None, newest: int, protected: Tensor | None, chunk: int) -> None:
+    def __init__(
+        self, reader: Reader, target: int | None, newest: int, protected: Tensor | None, chunk: int, *,
+        at: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """at: positions of the chunk's tokens, [C], where they are not known on the host."""
         self.reader, self.cache, self.plan = reader, reader.cache, reader.plan
         self.target, self.newest, self.protected = target, newest, protected
-        self.start, self.chunk = reader.cache.seen, chunk
+        self.start, self.chunk, self.at = reader.cache.seen, chunk, at
         self.wants_hidden = reader.method.wants_hidden
-        self.largest: list[Tensor] = []  # of each layer's scores, in absolute value
+        self.sound: list[Tensor] = []  # of each layer: finite where its scores are
+        self._marked: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self.aside = Aside()  # once entered, a layer chooses and moves its units beside what follows
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
         method, held = self.reader.method, self.cache.layers[layer]
         window = held.window
-        before = held.width
         view = ChunkView(layer, q, k, v, self.start, call.scale, call.hidden)
         if window is None and self._overflows(held, k.shape[2]) and not self.cache.joins:
             return self._attend_beside(held, view)
@@ -295,7 +342,7 @@ class ChunkPass:
         )
         held.watch(q)
         padding = held.padding
-        q_rotated, keys = self._rotate(layer, held, q, units, before, padding)
+        q_rotated, keys = self._rotate(held, view, [units], padding)
         bias = self._bias(units, padding) if window is None else None
         out = prefix_causal_attention(
             q_rotated, keys, units.v, scale=call.scale, softcap=call.softcap, window=window, bias=bias
@@ -320,43 +367,39 @@ class ChunkPass:
         return type(held) is LayerCache and isinstance(held.slab, Units) and held.held + count > len(held.slab)
 
     def _attend_beside(self, held: LayerCache, view: ChunkView) -> Tensor:
-        """`attend` where the layer will evict and its old units and the chunk's need not lie together."""
-        layer, before, count = view.layer, held.held, view.k.shape[2]
+        """`attend` where the layer will evict and its old units and the chunk's need not lie together.
+
+        The slab is not read again in this pass, so that what becomes of it runs aside: the choice beside the attention,
+        the move beside the matrices that follow. It is joined when the next layer comes here.
+        """
+        self.aside.join()
+        before = held.held
         new = self._new_units(view.k, view.v, self.reader.method.score(view))
         old = held.beside(new)
-        shape = (*new.k.shape[:2], before + count, new.k.shape[3])
-        keys = torch.empty(shape, dtype=new.k.dtype, device=new.k.device)
-        if self.plan.positions == "original" and held.evicted:
-            at = torch.arange(self.start, self.start + count, device=keys.device)
-            self.reader.rope.grow(self.start + count)
-            self.reader.rope.rotate(layer, old.k, old.position, out=keys[:, :, :before])
-            self.reader.rope.rotate(layer, new.k, at, out=keys[:, :, before:])
-            q = self.reader.rope.rotate(layer, view.q, at)
-        else:
-            first = self.start - before if self.plan.positions == "original" else 0
-            self.reader.rope.grow(first + before + count)
-            self.reader.rope.run(layer, old.k, first, out=keys[:, :, :before])
-            self.reader.rope.run(layer, new.k, first + before, out=keys[:, :, before:])
-            q = self.reader.rope.run(layer, view.q, first + before)
+        keep = self._keep(view, *(Candidates(x.score, x.position, x.protected) for x in (old, new)))
+        q, keys = self._rotate(held, view, [old, new], None)
         out = two_part_attention(
             q, (keys[:, :, :before], old.v), (keys[:, :, before:], new.v), scale=view.scale
         )  # fmt: skip
         self.cache.note_scratch(keys.nbytes)
-        del q, keys
-        score, position, protected = (
-            torch.cat((getattr(old, name), getattr(new, name)), 2) for name in ("score", "position", "protected")
-        )
-        self._note(new.score)
-        keep = self._kept(view, score, position, protected)
+        del keys
         self.cache.note_scratch(held.compact_bytes(keep.shape[-1]))
-        held.keep(keep)
+        with self.aside.run(new.k.device, new):
+            held.keep(keep)
         return out
 
-    def _kept(self, view: ChunkView, score: Tensor, position: Tensor, protected: Tensor) -> Tensor:
-        """Indices of the units that stay, of all that a layer has at the moment, [B, Hkv, S] each."""
-        target = self._target(view.layer)
-        pinned = pin(protected, num_sinks=self.plan.num_sinks, num_newest=self.newest, positions=position)
-        return self.reader.method.select(score, target, pinned, view)
+    def _keep(self, view: ChunkView, old: Candidates, new: Candidates) -> Tensor:
+        """Indices of the units that stay, of old and new ones, [B, Hkv, b]."""
+        method, target = self.reader.method, self._target(view.layer)
+        pins = dict(num_sinks=self.plan.num_sinks, num_newest=self.newest)
+        if _chooses(method):  # here and now: it may look at queries, which are rotated in place next
+            self._note(new.score)
+            score, pinned = candidates(old, new, **pins)
+            return method.select(score, target, pinned, view)
+        with self.aside.run(new.score.device, new):
+            keep, sound = kept_beside(old, new, target, **pins)
+            self.sound.append(sound)
+        return keep
 
     def evict_by_scores(self, layer: int) -> None:
         """Cut a layer back to its target by the scores that its units have."""
@@ -364,7 +407,11 @@ class ChunkPass:
         units = held.revisit()
         nothing = units["score"].new_empty(0)  # whoever scores by the token alone chooses by scores alone
         view = ChunkView(layer, nothing, nothing, nothing, self.start, 1.0)
-        keep = self._kept(view, units["score"], units["position"], units["protected"])
+        old, new = (
+            Candidates(*(units[name][:, :, part] for name in Candidates._fields))
+            for part in (slice(0, -1), slice(-1, None))
+        )
+        keep = self._keep(view, old, new)
         self.cache.note_scratch(held.compact_bytes(keep.shape[-1]))
         held.keep(keep)
 
@@ -401,24 +448,18 @@ class ChunkPass:
             assert logits is not None
             self.score_tokens(surprisal(logits, ids, reader.last_logits))
             reader.last_logits = logits[:, -1]
-        reader.check_scores(self._check(seen, seen + ids.shape[1]))
+        sound = self.is_sound()
+        reader.check_scores(None if sound is None else _read_back(reader.method, sound, seen, seen + ids.shape[1]))
         self.cache.seen += ids.shape[1]
 
     def _note(self, scores: Tensor) -> None:
         """Remember to look at a layer's scores: one kernel that keeps NaN."""
-        self.largest.append(torch.linalg.vector_norm(scores, math.inf).to(self.reader.backbone.device))
+        self.sound.append(torch.linalg.vector_norm(scores, math.inf, dim=-1))
 
-    def _check(self, first: int, last: int) -> Check | None:
-        """Of the scores of tokens first .. last - 1: begin to read back whether they are numbers."""
-        if not self.largest:
-            return None
-        method, wait = self.reader.method, read_back(finite(torch.stack(self.largest))[None])
-
-        def check() -> None:
-            if not wait()[0]:
-                raise not_finite(method, first, last)
-
-        return check
+    def is_sound(self) -> Tensor | None:
+        """Whether all scores are numbers: bool [], on the device; None: there are none."""
+        home = self.reader.backbone.device
+        return finite(torch.stack([scores.to(home) for scores in self.sound])) if self.sound else None
 
     def score_tokens(self, nats: Tensor) -> None:
         """After the forward pass: score every layer's units by the surprisal of their tokens, and evict."""
@@ -433,37 +474,60 @@ class ChunkPass:
 
     def _new_units(self, k: Tensor, v: Tensor, scores: Tensor) -> Units:
         b, h, c, _ = k.shape
-        position = torch.arange(self.start, self.start + c, device=k.device).expand(b, h, c)
-        if self.protected is None:
-            protected = torch.zeros((), dtype=torch.bool, device=k.device).expand(b, h, c)
-        else:
-            protected = self.protected.to(k.device).expand(b, h, c)
+        position, protected = (mark.expand(b, h, c) for mark in self._marks(k.device))
         state = k.new_zeros(b, h, c, len(self.reader.method.state), dtype=torch.float32)
         return Units(k, v, scores, position, protected, state)
 
+    def _marks(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Position and protection of the chunk's tokens, [C], the same for all layers on a device."""
+        if device not in self._marked:
+            at = torch.arange(self.start, self.start + self.chunk, device=device) if self.at is None else self.at
+            none = torch.zeros(self.chunk, dtype=torch.bool, device=device)
+            self._marked[device] = at, none if self.protected is None else self.protected.to(device)
+        return self._marked[device]
+
     def _rotate(
-        self, layer: int, held: LayerCache, q: Tensor, units: Units, before: int, padding: Tensor | None
+        self, held: LayerCache, view: ChunkView, parts: list[Units], padding: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Queries and all keys at the angles that the position policy gives them.
 
         Kept whole or re-numbered, units lie at first, first + 1, ...; only an evicted cache under "original" has gaps,
-        and other ones in every head. Ragged heads are numbered each from its own first unit.
+        and other ones in every head. Ragged heads are numbered each from its own first unit. Queries are rotated where
+        they are if nobody will ask how they were: they are as large as all hidden states of the chunk.
+
+        parts: all units, in order, the chunk's last.
         """
-        rope, count, c = self.reader.rope, len(units), q.shape[2]
+        rope, layer, q, c = self.reader.rope, view.layer, view.q, view.q.shape[2]
+        count = sum(len(part) for part in parts)
         original = self.plan.positions == "original"
-        if original:
-            rope.grow(self.start + c)
-        if original and held.window is None and (held.evicted or padding is not None):
-            at = torch.arange(self.start, self.start + c, device=q.device)
-            return rope.rotate(layer, q, at), rope.rotate(layer, units.k, units.position)
-        first = self.start - before if original else 0
-        rope.grow(first + count)
-        at = torch.arange(first, first + count, device=q.device)
-        if padding is None:
-            return rope.rotate(layer, q, at[before:]), rope.rotate(layer, units.k, at)
-        own = (at - padding[..., None]).clamp(min=0)  # [B, Hkv, S]
-        queries = own[:, :, before:].repeat_interleave(q.shape[1] // own.shape[1], 1)
-        return rope.rotate(layer, q, queries), rope.rotate(layer, units.k, own)
+        gaps = original and held.window is None and (held.evicted or padding is not None)
+        first = self.start + c - count if original else 0
+        rope.grow(self.start + c if original else count)
+        out = None if self._looks_back(held) else q
+        own = None  # positions, where units do not lie at first, first + 1, ...
+        if gaps:
+            own = torch.cat([part.position for part in parts], 2)
+            q = rope.rotate(layer, q, torch.arange(self.start, self.start + c, device=q.device), out)
+        elif padding is not None:
+            own = (torch.arange(first, first + count, device=q.device) - padding[..., None]).clamp(min=0)  # [B, Hkv, S]
+            q = rope.rotate(layer, q, own[:, :, -c:].repeat_interleave(q.shape[1] // own.shape[1], 1), out)
+        else:
+            q = rope.run(layer, q, first + count - c, out)
+        keys = view.k.new_empty(*view.k.shape[:2], count, view.k.shape[3])
+        done = 0
+        for part in parts:
+            to = keys[:, :, done : done + len(part)]
+            if own is None:
+                rope.run(layer, part.k, first + done, to)
+            else:
+                rope.rotate(layer, part.k, own[:, :, done : done + len(part)], to)
+            done += len(part)
+        return q, keys
+
+    def _looks_back(self, held: LayerCache) -> bool:
+        """Whether anybody looks at a layer's queries after they were rotated."""
+        method = self.reader.method
+        return method.rescoring or method.reduces or _chooses(method) or held.watches
 
     def _ahead(self, layer: int, count: int, x: Tensor) -> Tensor:
         """x [B, H, T, D] at the angles of the T positions behind a layer's newest unit."""
@@ -518,6 +582,22 @@ def _joins(backbone: Backbone, method: Method) -> bool:
     """Whether chunks must lie behind the cached units, in one piece, to be attended to or chosen from."""
     looks = method.rescoring or method.reduces or method.wants_surprisal or not method.evicts or BIAS in method.state
     return looks or any(call.softcap is not None for call in backbone.calls)
+
+
+def _chooses(method: Method) -> bool:
+    """Whether it has a selection of its own, that may look at anything."""
+    return type(method).select is not Method.select
+
+
+def _read_back(method: Method, sound: Tensor, first: int, last: int) -> Check:
+    """Begin to read back whether the scores of tokens first .. last - 1 are numbers."""
+    wait = read_back(sound[None])
+
+    def check() -> None:
+        if not wait()[0]:
+            raise not_finite(method, first, last)
+
+    return check
 
 
 def not_finite(method: Method, first: int, last: int) -> NumericsError:

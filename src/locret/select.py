@@ -1,4 +1,4 @@
-"""Which units stay: pins as a mask, then the best scores, in position order.
+"""Which units stay: the pinned ones (`kernels.compact.pin`), then the best scores, in position order.
 
 Shapes: B batch, Hkv KV heads, S cached units, b units that stay.
 """
@@ -10,22 +10,6 @@ from torch import Tensor
 
 from locret.errors import ConfigError
 from locret.kernels.compact import kept
-
-
-def pin(protected: Tensor, *, num_sinks: int, num_newest: int, positions: Tensor) -> Tensor:
-    """Mask of units that must stay: the first ones of the text, the newest ones, and those the caller protected.
-
-    Args:
-        protected: bool, [B, Hkv, S].
-        num_sinks: units whose original position is below this are sinks.
-        num_newest: the last units of the S.
-        positions: original positions, [B, Hkv, S].
-    Returns: bool, [B, Hkv, S].
-    """
-    pinned = protected | (positions < num_sinks)
-    if num_newest:
-        pinned[..., -num_newest:] = True
-    return pinned
 
 
 def select(scores: Tensor, budget: int, pinned: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
     kept(scores, pinned, b)   the b units that stay, ascending: pinned ones first, then the highest scores; of equal
                               scores the older unit (the smaller index) stays
+    kept_beside(old, new, b)  the same of old ++ new, and what is pinned found on the way
     compact(columns, keep)    out[j] = (old ++ new)[keep[j]] for every column of the units, in place if out is old
 
 `kept` finds the b-th largest key, then counts: a unit stays if its key is larger, or equal and among the oldest that
@@ -16,6 +17,7 @@ Shapes: B batch, Hkv KV heads, S = P + C units, P held, C new, b units that stay
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -30,6 +32,52 @@ class Column(NamedTuple):
     old: Tensor  # [B, Hkv, P, ...]
     new: Tensor | None  # [B, Hkv, C, ...]; None: there are only old ones
     out: Tensor  # [B, Hkv, >= b, ...]; the same memory as `old`, from the same unit on, or disjoint from it
+
+
+class Candidates(NamedTuple):
+    """What decides whether units stay, [B, Hkv, n] each, any strides."""
+
+    score: Tensor  # compared in fp32
+    position: Tensor  # original position, int64
+    protected: Tensor  # bool
+
+
+def pin(protected: Tensor, *, num_sinks: int, num_newest: int, positions: Tensor) -> Tensor:
+    """Mask of units that must stay: the first ones of the text, the newest ones, and those the caller protected.
+
+    Args:
+        protected: bool, [B, Hkv, S].
+        num_sinks: units whose original position is below this are sinks.
+        num_newest: the last units of the S.
+        positions: original positions, [B, Hkv, S].
+    Returns: bool, [B, Hkv, S].
+    """
+    pinned = protected | (positions < num_sinks)
+    if num_newest:
+        pinned[..., -num_newest:] = True
+    return pinned
+
+
+def kept_beside(
+    old: Candidates, new: Candidates, budget: int, *, num_sinks: int, num_newest: int
+) -> tuple[Tensor, Tensor]:
+    """`kept` of old units and new ones behind them, pinned as `pin` says.
+
+    Returns: int64, [B, Hkv, budget], ascending; and fp32 [B, Hkv], finite where all scores of new units are.
+    """
+    assert 1 <= budget <= old.score.shape[2] + new.score.shape[2], (budget, old.score.shape, new.score.shape)
+    if use_triton("compact", old.score):
+        from locret.kernels.compact_triton import kept_beside_triton
+
+        return kept_beside_triton(old, new, budget, num_sinks, num_newest)
+    score, pinned = candidates(old, new, num_sinks=num_sinks, num_newest=num_newest)
+    return kept(score, pinned, budget), torch.linalg.vector_norm(new.score.float(), math.inf, dim=-1)
+
+
+def candidates(old: Candidates, new: Candidates, *, num_sinks: int, num_newest: int) -> tuple[Tensor, Tensor]:
+    """Scores and pins of old units and new ones behind them, [B, Hkv, S]."""
+    score, position, protected = (torch.cat(both, 2) for both in zip(old, new, strict=True))
+    return score, pin(protected, num_sinks=num_sinks, num_newest=num_newest, positions=position)
 
 
 def kept(scores: Tensor, pinned: Tensor, budget: int) -> Tensor:

@@ -1,7 +1,8 @@
 """`kept` and `compact` in Triton. Meaning and shapes: compact.py.
 
-`_kept`: one program a row [S]. The threshold is built bit by bit from the top, each time counting the keys that reach
-it (32 counts; a row of up to HELD units stays in registers meanwhile), then one walk with two prefix sums writes.
+`_kept`: one program a row [S], which may lie in two pieces. The threshold is built bit by bit from the top, each time
+counting the keys that reach it (32 counts; a row of up to HELD units stays in registers meanwhile), then one walk with
+two prefix sums writes.
 
 `_move`: a program takes some channels of some rows and copies them in blocks of units. Out of place the blocks are
 spread over programs; in place one program walks them from the left, with a barrier between a block's loads and its
@@ -19,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from locret.kernels.compact import Column, in_place
+from locret.kernels.compact import Candidates, Column, in_place
 
 HELD = 32_768  # keys of one row in registers: 32 a thread
 WALK = 8192  # keys at once while kept units are written
@@ -28,57 +29,80 @@ TILE_BYTES = 32_768  # that a program has loaded at once
 
 
 @triton.jit
-def _keys(scores_ptr, pinned_ptr, unit, s):
-    """Signed keys in the order of the scores; what is no unit gets the least key of all, below that of -inf."""
-    score = tl.load(scores_ptr + unit, mask=unit < s, other=0.0).to(tl.float32)
-    pin = tl.load(pinned_ptr + unit, mask=unit < s, other=0)
-    score = tl.where(score == 0.0, 0.0, score)  # -0 is +0
-    bits = score.to(tl.int32, bitcast=True)
-    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    key = tl.where(score != score, 0x7FFFFFFE, key)
-    key = tl.where(pin != 0, 0x7FFFFFFF, key)
-    return tl.where(unit < s, key, -0x7FFFFFFF)
+def _at(old, new, strides, batch, head, unit, held, s, NEW: tl.constexpr):
+    """Numbers of units of old ++ new."""
+    old_b, old_h, old_t, new_b, new_h, new_t = strides
+    found = tl.load(old + batch * old_b + head * old_h + unit * old_t, mask=unit < held, other=0)
+    if NEW:
+        at = new + batch * new_b + head * new_h + (unit - held) * new_t
+        found = tl.load(at, mask=(unit >= held) & (unit < s), other=found)  # into the same registers
+    return found
 
 
 @triton.jit
+def _keys(olds, news, strides, batch, head, unit, held, s, first, newest, NEW: tl.constexpr):
+    """Signed keys in the order of the scores, and scores; what is no unit gets the least key of all, below -inf's."""
+    score = _at(olds[0], news[0], strides[0], batch, head, unit, held, s, NEW).to(tl.float32)
+    pin = _at(olds[1], news[1], strides[1], batch, head, unit, held, s, NEW) != 0
+    pin |= (unit < first) | (unit >= s - newest)
+    ordered = tl.where(score == 0.0, 0.0, score)  # -0 is +0
+    bits = ordered.to(tl.int32, bitcast=True)
+    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    key = tl.where(score != score, 0x7FFFFFFE, key)
+    key = tl.where(pin, 0x7FFFFFFF, key)
+    return tl.where(unit < s, key, -0x7FFFFFFF), score
+
+
+@triton.jit(do_not_specialize=["budget", "sinks", "newest"])  # numbers that differ from chunk to chunk
 def _kept(
-    scores_ptr, pinned_ptr, out_ptr, s, budget,
-    BLOCK: tl.constexpr, ONE: tl.constexpr, WALK: tl.constexpr,
+    olds, news, strides, out_ptr, sound_ptr, heads, held, s, budget, sinks, newest,
+    NEW: tl.constexpr, PIN: tl.constexpr, BLOCK: tl.constexpr, ONE: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
+    """olds, news: scores, pins and, if PIN, positions; strides: (b, h, t) of old and new of each."""
     row = tl.program_id(0).to(tl.int64)
-    scores_ptr += row * s
-    pinned_ptr += row * s
+    batch, head = row // heads, row % heads
     out_ptr += row * budget
     lane = tl.arange(0, BLOCK)
-    held = _keys(scores_ptr, pinned_ptr, lane, s)  # all there is, if ONE
+    first = sinks  # how many units are sinks: they lie in the order of their positions
+    if PIN:
+        first = sinks * 0
+        for start in range(0, sinks, 128):
+            unit = start + tl.arange(0, 128)
+            position = _at(olds[2], news[2], strides[2], batch, head, unit, held, s, NEW)
+            first += tl.sum(((position < sinks) & (unit < sinks) & (unit < s)).to(tl.int32))
+    keys, _ = _keys(olds, news, strides, batch, head, lane, held, s, first, newest, NEW)  # all there is, if ONE
 
     # the largest threshold that at least `budget` keys reach: -2**31 with bits flipped from the top
     threshold = tl.full((), -0x80000000, tl.int32)
     for i in range(32):
         candidate = threshold ^ (tl.full((), -0x80000000, tl.int32) if i == 0 else tl.full((), 1, tl.int32) << (31 - i))
         if ONE:
-            count = tl.sum((held >= candidate).to(tl.int32))
+            count = tl.sum((keys >= candidate).to(tl.int32))
         else:
             counts = tl.zeros((BLOCK,), tl.int32)
             for start in range(0, s, BLOCK):
-                counts += (_keys(scores_ptr, pinned_ptr, start + lane, s) >= candidate).to(tl.int32)
+                key, _ = _keys(olds, news, strides, batch, head, start + lane, held, s, first, newest, NEW)
+                counts += (key >= candidate).to(tl.int32)
             count = tl.sum(counts)
         threshold = tl.where(count >= budget, candidate, threshold)
 
     if ONE:
-        above = tl.sum((held > threshold).to(tl.int32))
+        above = tl.sum((keys > threshold).to(tl.int32))
     else:
         counts = tl.zeros((BLOCK,), tl.int32)
         for start in range(0, s, BLOCK):
-            counts += (_keys(scores_ptr, pinned_ptr, start + lane, s) > threshold).to(tl.int32)
+            key, _ = _keys(olds, news, strides, batch, head, start + lane, held, s, first, newest, NEW)
+            counts += (key > threshold).to(tl.int32)
         above = tl.sum(counts)
 
     # the keys again, from the cache, in shorter blocks: the two sums need registers as well
     ties_before = above * 0
     kept_before = above * 0
+    nothing = tl.zeros((WALK,), tl.float32)
     for start in range(0, s, WALK):
         unit = start + tl.arange(0, WALK)
-        key = _keys(scores_ptr, pinned_ptr, unit, s)
+        key, score = _keys(olds, news, strides, batch, head, unit, held, s, first, newest, NEW)
+        nothing += tl.where(unit >= held, score * 0.0, 0.0)  # NaN for what is not finite
         tie = ((key == threshold) & (unit < s)).to(tl.int32)
         oldest = ties_before + tl.cumsum(tie, 0) <= budget - above
         stays = ((key > threshold) | ((tie != 0) & oldest)).to(tl.int32)
@@ -86,19 +110,44 @@ def _kept(
         tl.store(out_ptr + slot, unit.to(tl.int64), mask=(stays != 0) & (slot < budget))
         ties_before += tl.sum(tie)
         kept_before += tl.sum(stays)
+    if NEW:
+        tl.store(sound_ptr + row, tl.sum(nothing))
 
 
 def kept_triton(scores: Tensor, pinned: Tensor, budget: int, out: Tensor | None = None) -> Tensor:
-    """`kept`, into `out` int64 [B, Hkv, budget] if given. Rows are read contiguous."""
-    scores, pinned = scores.contiguous(), pinned.contiguous().view(torch.uint8)
-    s = scores.shape[-1]
+    """`kept`, into `out` int64 [B, Hkv, budget] if given."""
+    return _choose([scores, pinned], [], budget, 0, 0, out)[0]
+
+
+def kept_beside_triton(
+    old: Candidates, new: Candidates, budget: int, num_sinks: int, num_newest: int, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`kept_beside`, into `out` int64 [B, Hkv, budget] if given."""
+    olds, news = ([x.score, x.protected, x.position] for x in (old, new))
+    return _choose(olds, news, budget, num_sinks, num_newest, out)
+
+
+def _choose(
+    olds: list[Tensor], news: list[Tensor], budget: int, num_sinks: int, num_newest: int, out: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    batch, heads, held = olds[0].shape
+    s = held + (news[0].shape[2] if news else 0)
     if out is None:
-        out = torch.empty(*scores.shape[:-1], budget, dtype=torch.int64, device=scores.device)
+        out = torch.empty(batch, heads, budget, dtype=torch.int64, device=olds[0].device)
+    sound = torch.empty(batch, heads, dtype=torch.float32, device=out.device)
     block, warps = kept_blocks(s)
-    _kept[(scores.numel() // s,)](
-        scores, pinned, out, s, budget, BLOCK=block, ONE=s <= block, WALK=min(block, WALK), num_warps=warps
-    )
-    return out
+    behind = news or olds
+    _kept[(batch * heads,)](
+        _numbers(olds), _numbers(behind), tuple((*x.stride(), *y.stride()) for x, y in zip(olds, behind)),
+        out, sound, heads, held, s, budget, num_sinks, num_newest,
+        NEW=bool(news), PIN=len(olds) == 3, BLOCK=block, ONE=s <= block, WALK=min(block, WALK), num_warps=warps,
+    )  # fmt: skip
+    return out, sound
+
+
+def _numbers(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    """Flags as bytes; nothing is copied."""
+    return tuple(x.view(torch.uint8) if x.dtype == torch.bool else x for x in tensors)
 
 
 def kept_blocks(s: int) -> tuple[int, int]:

@@ -82,19 +82,48 @@ def torch_project(
 
 
 def torch_gated(x: Tensor, weights: Sequence[Tensor], *, norm: Norm | None = None) -> Tensor:
-    """`gated` in torch."""
-    x = rms_norm(x, norm)
-    gate, up = (functional.linear(x, w) for w in weights)
-    return silu_mul(gate, up)
+    """`gated` in torch, many rows a piece at a time: x' U^T of a piece lies where the next one's x' G^T will be.
+
+    Both products whole would be the most that a chunk ever takes.
+    """
+    gate, up = (w.t() for w in weights)
+    rows, outputs = len(x), gate.shape[1]
+    size = piece(rows, outputs)
+    starts = range(0, rows, size)
+    last = rows - starts[-1]
+    place = x.new_empty(rows + max(last, min(size, rows) - last), outputs)  # the last two pieces' ends decide
+    for start in starts:
+        stop = min(start + size, rows)
+        part = rms_norm(x[start:stop], norm)
+        torch.mm(part, gate, out=place[start:stop])
+        torch.mm(part, up, out=place[stop : stop + len(part)])
+        silu_mul(place[start:stop], place[stop : stop + len(part)])
+        del part  # before the next one is made
+    return place[:rows]
+
+
+_TILE, _WAVE = (128, 256), 132  # rows and outputs of a usual tile of cuBLAS's on Hopper, and its multiprocessors
+_MOST = 8  # tiles of rows in a piece
+
+
+def piece(rows: int, outputs: int) -> int:
+    """How many rows at once: as few waves of tiles as possible in all, and of equals the fewest pieces."""
+    tiles, across = -(-rows // _TILE[0]), -(-outputs // _TILE[1])
+
+    def waves(size: int) -> int:
+        whole, rest = divmod(tiles, size)
+        return whole * -(-size * across // _WAVE) + -(-rest * across // _WAVE)
+
+    return _TILE[0] * min(range(_MOST, _MOST // 2 - 1, -1), key=waves)
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, [M, N] each; on CUDA written over `gate`."""
+    """silu(gate) * up, [M, N] each, written over `gate`."""
     if use_triton("linear", gate) and gate.dtype in _HALF:
         from locret.kernels.linear_triton import silu_mul_triton
 
         return silu_mul_triton(gate, up)
-    return functional.silu(gate).mul_(up)
+    return functional.silu(gate, inplace=True).mul_(up)
 
 
 def rms_norm(x: Tensor, norm: Norm | None) -> Tensor:

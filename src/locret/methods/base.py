@@ -29,7 +29,7 @@ from locret.select import select
 
 @dataclass(frozen=True)
 class ChunkView:
-    """What a method may look at when a chunk has been appended to a layer."""
+    """What a method may look at when a chunk has been appended to a layer, and no longer: queries are overwritten."""
 
     layer: int
     q: Tensor  # the chunk's queries before RoPE, [B, Hq, C, D]
@@ -69,6 +69,7 @@ class Method:
     trained: ClassVar[bool] = False
     evicts: ClassVar[bool] = True
     per_token: ClassVar[bool] = False  # True: a unit's score depends on its own token's q, k, v and position only
+    replayable: ClassVar[bool] = False  # True: `score` launches the same for every chunk: it does not read `view.start`
     wants_hidden: ClassVar[bool] = False  # True: `ChunkView.hidden` is filled in
     wants_surprisal: ClassVar[bool] = False  # True: `score_tokens` is asked after the forward pass, `score` never
     rescoring: ClassVar[bool] = False  # True: `score` returns new scores for cached units too

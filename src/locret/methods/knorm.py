@@ -16,6 +16,7 @@ class KeyNorm(Method):
     paper: ClassVar[str] = "arXiv:2406.11430"
     summary: ClassVar[str] = "keys with the smallest L2 norm stay"
     per_token: ClassVar[bool] = True
+    replayable: ClassVar[bool] = True
 
     def score(self, view: ChunkView) -> Tensor:
         return -view.k.float().norm(dim=-1)  # [B, Hkv, C]

@@ -17,6 +17,7 @@ class Locret(Method):
     paper: ClassVar[str] = "arXiv:2410.01805"
     summary: ClassVar[str] = "trained retaining heads score every unit once, when it is read"
     per_token: ClassVar[bool] = True
+    replayable: ClassVar[bool] = True
     trained: ClassVar[bool] = True
 
     heads: RetainingHeads
