@@ -21,15 +21,19 @@ multiply-add, each rounded, as models do that rotate in bfloat16.
 
 from __future__ import annotations
 
+import os
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from locret.kernels.decode_attention import MOST_ROWS, Angles, Codes, Slab, Span
+from locret.kernels.decode_attention import Angles, Codes, Slab, Span
 
-LANES = 4  # threads that share a unit: as the tensor cores' second operand has it
-_ROTATED, _PLAIN = 2, 0
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then there is no PTX
+HEAD_DIMS = (64, 128, 256)
+PER_MULTIPROCESSOR = 3  # programs at a time, by their registers
+LONGEST_STRETCH = 768  # slots whose angles stay in the L1 cache
 
 
 # ---------------------------------------------------------------------- codes to numbers, in PTX
@@ -70,8 +74,8 @@ def _program(bits: int, *, rotated: bool) -> str:
     for i in range(2 if rotated else 0):
         cos, sin = f"${first + 4 + i}", f"${first + 6 + i}"
         lines += [
-            f"fma.rn.bf16x2 t, b{i}, {sin}, none;", "neg.bf16x2 t, t;", f"fma.rn.bf16x2 u, a{i}, {sin}, none;",
-            f"fma.rn.bf16x2 a{i}, a{i}, {cos}, t;", f"fma.rn.bf16x2 b{i}, b{i}, {cos}, u;",
+            f"fma.rn.bf16x2 t, a{i}, {cos}, none;", f"fma.rn.bf16x2 u, a{i}, {sin}, none;", f"neg.bf16x2 y, b{i};",
+            f"fma.rn.bf16x2 a{i}, y, {sin}, t;", f"fma.rn.bf16x2 b{i}, b{i}, {cos}, u;",
         ]  # fmt: skip
     lines += [f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, {x};" for i, x in enumerate(a + b)]
     return "{ .reg .b32 y, t, u, magic, one, less, none, a0, a1, b0, b1; " + " ".join(lines) + " }"
@@ -100,8 +104,18 @@ def _number(word, scale, zero, SHIFT: tl.constexpr, BITS: tl.constexpr):
 @triton.jit
 def _turned(a, b, cos, sin, SECOND: tl.constexpr):
     c, s = _half(cos, SECOND), _half(sin, SECOND)
-    bs, as_ = (b * s).to(tl.bfloat16).to(tl.float32), (a * s).to(tl.bfloat16).to(tl.float32)
-    return a * c - bs, b * c + as_
+    ac, as_ = (a * c).to(tl.bfloat16).to(tl.float32), (a * s).to(tl.bfloat16).to(tl.float32)
+    return ac - b * s, b * c + as_
+
+
+@triton.jit
+def _twice(x, C: tl.constexpr, PROGRAM: tl.constexpr):
+    """16-bit numbers [N C] in both halves of an int32, [N, C, 1]."""
+    if PROGRAM is None:
+        twice = (x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) * 65537
+    else:
+        twice = tl.inline_asm_elementwise("mov.b32 $0, {$1, $1};", "=r,h", [x], tl.int32, is_pure=True, pack=1)
+    return tl.reshape(twice, (x.shape[0] // C, C, 1))
 
 
 @triton.jit
@@ -111,13 +125,14 @@ def _join(a, b, c, d):
 
 
 @triton.jit
-def _decoded(one, two, s1, z1, s2, z2, c01, c23, s01, s23, BITS: tl.constexpr, ROTATED: tl.constexpr,
-             PROGRAM: tl.constexpr, FORM: tl.constexpr):  # fmt: skip
+def _decoded(one, two, s1, z1, s2, z2, c01, c23, s01, s23, C: tl.constexpr, BITS: tl.constexpr,
+             ROTATED: tl.constexpr, PROGRAM: tl.constexpr, FORM: tl.constexpr):  # fmt: skip
     """Words [N, C, E] as bfloat16 numbers of both halves, [N, C, E, 2, 2] each.
 
-    one, two: words of the halves, the same at 4 bits. s1, z1, s2, z2: their scales and zeros, twice in an int32.
+    one, two: words of the halves, the same at 4 bits. s1, z1, s2, z2: their scales and zeros, [N C].
     c01 .. s23: cosines and sines, two in an int32. PROGRAM and FORM: PTX; None: what it does, in Triton.
     """
+    s1, z1, s2, z2 = _twice(s1, C, PROGRAM), _twice(z1, C, PROGRAM), _twice(s2, C, PROGRAM), _twice(z2, C, PROGRAM)
     if PROGRAM is None:
         UP: tl.constexpr = 4 if BITS == 4 else 0
         a, b = _number(one, s1, z1, 0, BITS), _number(one, s1, z1, 8, BITS)
@@ -162,10 +177,10 @@ def _decoded(one, two, s1, z1, s2, z2, c01, c23, s01, s23, BITS: tl.constexpr, R
 def _words(x_ptr, slot, C: tl.constexpr, E: tl.constexpr, UNIT: tl.constexpr, BITS: tl.constexpr):
     """Words of both halves, [N, C, E]; at 4 bits one word is of both."""
     place = x_ptr + slot[:, None] * UNIT + tl.arange(0, C * E)[None, :]
-    one = tl.load(place)
+    one = tl.load(place, cache_modifier=".cg")  # the L1 cache is for angles
     two = one
     if BITS == 8:
-        two = tl.load(place + C * E)
+        two = tl.load(place + C * E, cache_modifier=".cg")
     return _lanes(one, C, E), _lanes(two, C, E)
 
 
@@ -185,13 +200,6 @@ def _levels(scale_ptr, zero_ptr, step, slot, C: tl.constexpr, E: tl.constexpr, G
 
 
 @triton.jit
-def _twice(x, C: tl.constexpr):
-    """16-bit numbers [N C] in both halves of an int32, [N, C, 1]."""
-    twice = (x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) * 65537
-    return tl.reshape(twice, (x.shape[0] // C, C, 1))
-
-
-@triton.jit
 def _angle_words(ptr, step, at, C: tl.constexpr, E: tl.constexpr):
     """A lane's 2 E words of cosines or sines at positions [N], in two loads: [N, C, E] twice."""
     word = tl.arange(0, C * E)
@@ -207,6 +215,15 @@ def _spread(near, far, N: tl.constexpr, C: tl.constexpr, E: tl.constexpr):
 
 
 @triton.jit
+def _wall(x, PROGRAM: tl.constexpr):
+    """x, but nothing is known about where it comes from."""
+    if PROGRAM is None:
+        return x
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.bfloat16, is_pure=False, pack=2)
+
+
+@triton.jit
 def _split_codes(
     q_ptr, k_ptr, v_ptr, k_scale, k_zero, v_scale, v_zero, cos_ptr, sin_ptr, cos_words, sin_words,
     first_ptr, stop_ptr, bias_ptr, part_ptr, lse_ptr,
@@ -219,6 +236,7 @@ def _split_codes(
     HALF: tl.constexpr = 4 * C * E
     UNIT: tl.constexpr = 2 * HALF * BITS // 32
     ROTATED: tl.constexpr = cos_ptr is not None
+    LOG2E: tl.constexpr = 1.4426950408889634  # logits in powers of two
     dot_type = tl.float32 if UPCAST else tl.bfloat16
     head = tl.program_id(1).to(tl.int64)
     i, h = head // heads, head % heads
@@ -230,80 +248,84 @@ def _split_codes(
         stop = tl.load(stop_ptr + head).to(tl.int64)
     low = tl.maximum(tl.program_id(0).to(tl.int64) * stretch, first)
     high = tl.minimum((tl.program_id(0).to(tl.int64) + 1) * stretch, stop)
-    last = tl.maximum(high - 1, 0)  # what would be read behind it is read there
-    k_ptr = tl.multiple_of(k_ptr + i * k_b + h * k_h, 16)
-    v_ptr = tl.multiple_of(v_ptr + i * v_b + h * v_h, 16)
-    k_scale += i * ks_b + h * ks_h
-    k_zero += i * ks_b + h * ks_h
-    v_scale += i * vs_b + h * vs_h
-    v_zero += i * vs_b + h * vs_h
+    # from here on slots are counted from `low`, in 32 bits; what would be read behind the last one is read there
+    units = tl.maximum(high - low, 0).to(tl.int32)
+    last = tl.maximum(units - 1, 0)
+    low = tl.minimum(low, slots - 1)  # a stretch without units reads one that nobody sees
+    k_ptr = tl.multiple_of(k_ptr + i * k_b + h * k_h + low * UNIT, 16)
+    v_ptr = tl.multiple_of(v_ptr + i * v_b + h * v_h + low * UNIT, 16)
+    k_scale += i * ks_b + h * ks_h + low * ks_t
+    k_zero += i * ks_b + h * ks_h + low * ks_t
+    v_scale += i * vs_b + h * vs_h + low * vs_t
+    v_zero += i * vs_b + h * vs_h + low * vs_t
     if bias_ptr is not None:
-        bias_ptr += i * bias_b + h * bias_h
+        bias_ptr += i * bias_b + h * bias_h + low
 
     # queries, their channels in the order that keys have below: words, lanes, a word's channels
     row = tl.arange(0, M)
     g, t = row // T, row % T
     real = row < G * T
     at = tl.arange(0, HALF)
-    channel = at // 4 % C * (4 * E) + at // (4 * C) * 4 + at % 4
+    channel = at // 2 % C * (4 * E) + at // (4 * C) * 4 + at // (2 * C) % 2 * 2 + at % 2
     q_row = q_ptr + i * q_b + (h * G + g) * q_h + t * q_t
     q_one = tl.load(q_row[:, None] + channel[None, :], mask=real[:, None], other=0.0)
     q_two = tl.load(q_row[:, None] + channel[None, :] + HALF, mask=real[:, None], other=0.0)
     if ROTATED:
-        ahead = stop - T + t - low  # below 0 for a query whose own unit lies in an earlier stretch
-        place = tl.abs(ahead)[:, None] * (2 * table_t) + channel[None, :]
+        ahead = tl.maximum(stop - T + t - low, 0)  # a query whose own unit lies before this stretch sees nothing of it
+        place = ahead[:, None] * (2 * table_t) + channel[None, :]
         cos = tl.load(cos_ptr + place, mask=real[:, None], other=0.0).to(tl.float32)
         sin = tl.load(sin_ptr + place, mask=real[:, None], other=0.0).to(tl.float32)
-        sin = tl.where(ahead[:, None] < 0, -sin, sin)
         a, b = q_one.to(tl.float32), q_two.to(tl.float32)
         q_one, q_two = (a * cos - b * sin).to(tl.bfloat16), (b * cos + a * sin).to(tl.bfloat16)
     q_one, q_two = q_one.to(dot_type), q_two.to(dot_type)
 
+    visible = tl.minimum(units, stop - (T - 1 - t) - low).to(tl.int32)
     most = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M, N), tl.float32)
     out_one = tl.zeros((M, HALF), tl.float32)
     out_two = tl.zeros((M, HALF), tl.float32)
     step, lane_step = tl.arange(0, N), tl.arange(0, N * C) // C
-    own = tl.minimum(low + lane_step, last)
-    slot = tl.minimum(low + step, last)  # of the first block; every block fetches the next one's
+    own = tl.minimum(lane_step, last)
+    slot = tl.minimum(step, last)  # of the first block; every block fetches the next one's
     k_one, k_two = _words(k_ptr, slot, C, E, UNIT, BITS)
     v_one, v_two = _words(v_ptr, slot, C, E, UNIT, BITS)
     k_s1, k_z1, k_s2, k_z2 = _levels(k_scale, k_zero, ks_t, own, C, E, GROUP)
     v_s1, v_z1, v_s2, v_z2 = _levels(v_scale, v_zero, vs_t, own, C, E, GROUP)
-    for start in range(low, high, N):
+    for start in range(0, units, N):
         c01, c23, s01, s23 = k_one, k_one, k_one, k_one
         if ROTATED:
-            where = (start - low).to(tl.int32) + step
+            where = start + step
             cos_near, cos_far = _angle_words(cos_words, table_t, where, C, E)
             sin_near, sin_far = _angle_words(sin_words, table_t, where, C, E)
             c01, c23 = _spread(cos_near, cos_far, N, C, E)
             s01, s23 = _spread(sin_near, sin_far, N, C, E)
-        one, two = _decoded(k_one, k_two, _twice(k_s1, C), _twice(k_z1, C), _twice(k_s2, C), _twice(k_z2, C),
-                            c01, c23, s01, s23, BITS, ROTATED, K_PROGRAM, K_FORM)  # fmt: skip
-        one = tl.reshape(tl.permute(one, (0, 2, 1, 3, 4)), (N, HALF))
-        two = tl.reshape(tl.permute(two, (0, 2, 1, 3, 4)), (N, HALF))
+        one, two = _decoded(k_one, k_two, k_s1, k_z1, k_s2, k_z2, c01, c23, s01, s23, C, BITS, ROTATED, K_PROGRAM,
+                            K_FORM)  # fmt: skip
+        one = _wall(tl.reshape(tl.permute(one, (0, 2, 3, 1, 4)), (N, HALF)), K_PROGRAM)
+        two = _wall(tl.reshape(tl.permute(two, (0, 2, 3, 1, 4)), (N, HALF)), K_PROGRAM)
         logits = tl.dot(q_one, tl.trans(one.to(dot_type)), input_precision="ieee")
         logits = tl.dot(q_two, tl.trans(two.to(dot_type)), logits, input_precision="ieee")
         next_slot, next_own = tl.minimum(start + N + step, last), tl.minimum(start + N + lane_step, last)
         k_one, k_two = _words(k_ptr, next_slot, C, E, UNIT, BITS)
         k_s1, k_z1, k_s2, k_z2 = _levels(k_scale, k_zero, ks_t, next_own, C, E, GROUP)
-        logits *= scale
         if CAPPED:
-            logits = softcap * (2 * tl.sigmoid(2 * logits / softcap) - 1)  # tanh
+            logits = (softcap * LOG2E) * (2 * tl.sigmoid(logits * (2 * scale / softcap)) - 1)  # tanh
+        else:
+            logits *= scale * LOG2E
         at_slot = start + step
         if bias_ptr is not None:
-            logits += tl.load(bias_ptr + at_slot, mask=at_slot < high, other=0.0).to(tl.float32)[None, :]
-        seen = at_slot[None, :] < tl.minimum(high, stop - (T - 1 - t))[:, None]
-        logits = tl.where(seen, logits * 1.4426950408889634, float("-inf"))  # log2(e): powers of two from here on
+            logits += LOG2E * tl.load(bias_ptr + at_slot, mask=at_slot < units, other=0.0).to(tl.float32)[None, :]
+        seen = at_slot[None, :] < visible[:, None]
+        logits = tl.where(seen, logits, float("-inf"))
         new_most = tl.maximum(most, tl.max(logits, 1))
         ground = tl.where(new_most == float("-inf"), 0.0, new_most)
         weight = tl.exp2(logits - ground[:, None])
         fade = tl.exp2(most - ground)
         most = new_most
         total = total * fade[:, None] + weight
-        one, two = _decoded(v_one, v_two, _twice(v_s1, C), _twice(v_z1, C), _twice(v_s2, C), _twice(v_z2, C),
-                            v_one, v_one, v_one, v_one, BITS, False, V_PROGRAM, V_FORM)  # fmt: skip
-        one, two = tl.reshape(one, (N, HALF)), tl.reshape(two, (N, HALF))
+        one, two = _decoded(v_one, v_two, v_s1, v_z1, v_s2, v_z2, v_one, v_one, v_one, v_one, C, BITS, False, V_PROGRAM,
+                            V_FORM)  # fmt: skip
+        one, two = _wall(tl.reshape(one, (N, HALF)), V_PROGRAM), _wall(tl.reshape(two, (N, HALF)), V_PROGRAM)
         weight = weight.to(tl.bfloat16).to(dot_type)
         out_one = tl.dot(weight, one.to(dot_type), out_one * fade[:, None], input_precision="ieee")
         out_two = tl.dot(weight, two.to(dot_type), out_two * fade[:, None], input_precision="ieee")
@@ -318,3 +340,82 @@ def _split_codes(
     out = part_ptr + place[:, None] * (2 * HALF) + at[None, :]
     tl.store(out, out_one * share[:, None], mask=real[:, None])
     tl.store(out + HALF, out_two * share[:, None], mask=real[:, None])
+
+
+def fits(q: Tensor, k: Slab, v: Slab, angles: Angles | None) -> bool:
+    """Whether this kernel takes them: bfloat16, whole groups in every lane, everything aligned to 16 bytes."""
+    if not (isinstance(k, Codes) and isinstance(v, Codes)) or q.dtype != torch.bfloat16 or q.shape[3] not in HEAD_DIMS:
+        return False
+    dim = q.shape[3]
+    lane = dim // 2 // _lanes_of(dim)[0]  # channels
+    for x in (k, v):
+        group = dim // x.scale.shape[3]
+        if x.bits != k.bits or x.scale.dtype != q.dtype or x.scale.stride() != x.zero.stride():
+            return False
+        if group % lane or dim // 2 % group or group != dim // k.scale.shape[3]:
+            return False
+        if x.codes.stride()[2:] != (dim * x.bits // 8, 1) or not _aligned(x.codes):
+            return False
+    if angles is None:
+        return True
+    tables = (angles.cos, angles.sin)
+    whole = not angles.interleaved and 2 * angles.cos.shape[1] == dim and angles.cos.stride() == angles.sin.stride()
+    return whole and all(x.dtype == q.dtype and x.stride(1) == 1 and _aligned(x) for x in tables)
+
+
+def _aligned(x: Tensor) -> bool:
+    """Rows of the last dimension begin at multiples of 16 bytes."""
+    return x.data_ptr() % 16 == 0 and all(step * x.element_size() % 16 == 0 for step in x.stride()[:-1])
+
+
+def _lanes_of(dim: int) -> tuple[int, int]:
+    """Lanes that share a unit, and words of a half that each has: 4, as tensor cores have it, unless words are many."""
+    words = min(4, dim // 32)
+    return dim // 8 // words, words
+
+
+def stretch_of(slots: int, heads: int, block: int, processors: int) -> int:
+    """Slots of a program: as many rounds of programs as it takes, all of them full."""
+    rounds = 1
+    while True:
+        wanted = triton.cdiv(slots * heads, PER_MULTIPROCESSOR * processors * rounds)
+        stretch = triton.cdiv(wanted, block) * block
+        if stretch <= max(LONGEST_STRETCH, block):
+            return stretch
+        rounds += 1
+
+
+def constants(dim: int, groups: int, t: int, block: int, k: Codes, *, rotated: bool) -> dict[str, int | bool | str | None]:
+    """What `_split_codes` is compiled for. block: slots at once."""
+    lanes, words = _lanes_of(dim)
+    programs = dict(K_PROGRAM=PROGRAMS[k.bits, rotated], K_FORM=CONSTRAINTS[k.bits, rotated],
+                    V_PROGRAM=PROGRAMS[k.bits, False], V_FORM=CONSTRAINTS[k.bits, False])  # fmt: skip
+    return dict(
+        T=t, G=groups, M=max(16, triton.next_power_of_2(groups * t)), N=block, C=lanes, E=words, BITS=k.bits,
+        GROUP=dim // k.scale.shape[3], UPCAST=INTERPRETED, **(dict.fromkeys(programs) if INTERPRETED else programs),
+    )  # fmt: skip
+
+
+def split_codes(
+    q: Tensor, k: Codes, v: Codes, scale: float, span: Span, angles: Angles | None, softcap: float | None,
+    bias: Tensor | None, part: Tensor, lse: Tensor, stretch: int, block: int, warps: int,
+) -> None:  # fmt: skip
+    """Fill `part` [B Hkv, stretches, G T, D] and `lse` [B Hkv, stretches, G T], fp32, for `_merge`.
+
+    Everything has what `fits` asks for; q's and bias's last dimensions are contiguous. A span's first position does not
+    matter: only differences of positions do.
+    """
+    batch, num_q, t, dim = q.shape
+    heads, slots = k.codes.shape[1:3]
+    first, stop = (None if x is None else x.contiguous() for x in (span.first_unit, span.stop))
+    tables = [None] * 4 if angles is None else [
+        angles.cos, angles.sin, angles.cos.view(torch.int32), angles.sin.view(torch.int32)]  # fmt: skip
+    words = [x.codes.view(torch.int32) for x in (k, v)]
+    _split_codes[(part.shape[1], batch * heads)](
+        q, *words, k.scale, k.zero, v.scale, v.zero, *tables, first, stop, bias, part, lse,
+        slots, stretch, heads, scale, softcap or 0.0,
+        *q.stride()[:3], *words[0].stride()[:2], *words[1].stride()[:2], *k.scale.stride()[:3], *v.scale.stride()[:3],
+        *((0, 0) if bias is None else bias.stride()[:2]), 0 if angles is None else angles.cos.stride(0) // 2,
+        CAPPED=softcap is not None, **constants(dim, num_q // heads, t, block, k, rotated=angles is not None),
+        num_warps=warps, num_stages=1,
+    )  # fmt: skip
