@@ -71,15 +71,13 @@ CASES = [
     Case(slots=90, dim=128, rotated=128, bits=4, heads=(4, 1)),
     Case(slots=90, dim=128, rotated=128, bits=8, heads=(4, 1), left=True),
     # what `decode_codes_triton` takes in bfloat16, and what it leaves to the others
-    Case(slots=150, dim=128, rotated=128, bits=4, heads=(8, 2), t=3, left=True, right=True, offset=True, group=64),
-    Case(slots=150, dim=64, rotated=64, bits=8, t=2, right=True, bias=True, softcap=3.0, group=8),
-    Case(slots=70, dim=256, rotated=256, bits=4, left=True),
-    Case(slots=70, dim=256, bits=8, right=True, group=64),
-    Case(slots=70, dim=128, bits=4, group=16),
-    Case(slots=3, dim=128, rotated=128, bits=4, t=3),
-    Case(slots=70, dim=128, rotated=64, bits=4),
-    Case(slots=70, dim=128, rotated=128, bits=4, interleaved=True),
-    Case(slots=70, dim=128, rotated=128, bits=8, group=128),
+    Case(slots=100, dim=128, rotated=128, bits=4, heads=(8, 2), t=3, left=True, right=True, offset=True, group=64),
+    Case(slots=70, dim=64, rotated=64, bits=8, t=2, right=True, bias=True, softcap=3.0, group=8, batch=1),
+    Case(slots=40, dim=256, rotated=256, bits=4, left=True, batch=1),
+    Case(slots=40, dim=256, bits=8, right=True, group=64, batch=1),
+    Case(slots=3, dim=128, rotated=128, bits=4, t=3, batch=1),
+    Case(slots=40, dim=128, rotated=64, bits=4, batch=1),
+    Case(slots=40, dim=128, rotated=128, bits=8, group=128, batch=1),
 ]
 
 

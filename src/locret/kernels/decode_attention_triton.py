@@ -1,9 +1,11 @@
 """`decode_attention` in Triton: split-KV flash-decode. Meaning and shapes: decode_attention.py.
 
 `_split`: grid (stretches, B Hkv). The G T query rows of a KV head are one tile of M rows, padded to 16 for the tensor
-cores. (Most codes have a kernel of their own in its place, `decode_codes_triton`.) Keys come in up to three tiles, so that nothing is shuffled between lanes: the first and the second channels of
+cores. Keys come in up to three tiles, so that nothing is shuffled between lanes: the first and the second channels of
 RoPE's pairs, and the channels that are not rotated; values in two halves. With 4 bits a byte holds a code of either
-half and is loaded once. Maximum and sum are kept in base 2; every stretch leaves its output and log-sum in fp32.
+half. Maximum and sum are kept in base 2; every stretch leaves its output and log-sum in fp32.
+
+`_split_codes` (`decode_codes_triton`): in its place for the codes of most models in bfloat16.
 
 `_merge`: grid (B Hq T). Stretches are weighted by their share of the sum; one without visible slots weighs nothing.
 """
@@ -220,13 +222,12 @@ def _merge(part_ptr, lse_ptr, out_ptr, splits, ROWS: tl.constexpr, DIM: tl.const
 
 @dataclass(frozen=True)
 class Tile:
-    """How `_split` or `_split_codes` is laid out; results differ in rounding only. benchmarks/kernels.py --sweep tries
-    others."""
+    """How a kernel is laid out; results differ in rounding only. benchmarks/kernels.py --sweep tries others."""
 
     slots: int  # at once
     stretch: int | None = None  # slots of a program; None: by the number of multiprocessors
     warps: int = 4
-    stages: int = 2  # of slots on their way; `_split_codes` has its own way
+    stages: int = 2  # of slots on their way; `_split_codes` always has the next one in registers
 
 
 CODES_TILE = Tile(64)

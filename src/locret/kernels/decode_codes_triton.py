@@ -3,17 +3,19 @@
 Meaning and shapes: decode_attention.py. As `_split` does, a program takes a row, a KV head and a stretch of slots, and
 `_merge` puts the stretches together. What differs is how codes become numbers, which costs more than reading them:
 
-    words    Codes are loaded 4 bytes at a time. (word & 0x000F000F) | 0x43004300 is 128 + code twice in bfloat16, so two
-             codes take one instruction, and another two to be numbers: - 128, which is exact, and * scale + zero.
-    pairs    A word has both channels of RoPE's pairs (8 bits: two words), so a pair is rotated where it lies, two at once.
-    angles   R(q) . R(k) depends on the positions' difference only. Queries are rotated as seen from the stretch's first
-             slot, once, keys by their distance from there: angles of a few hundred positions, which stay in the L1
-             cache, where those of 65,536 positions would be read from the L2 cache for every head.
-    channels The order of channels in a dot product is free: it is the one in which a thread loads words, so that keys
-             go from loads to tensor cores without a detour through shared memory.
+    words     Codes are loaded 4 bytes at a time. (word & 0x000F000F) | 0x43004300 is 128 + code, twice, in bfloat16:
+              two codes in one instruction. Two more make numbers of them: - 128, which is exact, and * scale + zero.
+    pairs     A word has both channels of RoPE's pairs (8 bits: two words), so they turn where they are, two at once.
+    angles    R(q) . R(k) depends on the difference of the positions only. Queries are rotated once, by their distance
+              from the stretch's first slot, and keys by theirs: a few hundred angles, which the L1 cache holds, where
+              those of all positions would come from the L2 cache, more bytes than the codes, for every head.
+    channels  The order of channels in a dot product is free. It is the one in which threads load words, so keys go from
+              registers to tensor cores without a detour through shared memory.
 
 Rounding: numbers are rounded to bfloat16 after decoding, as `Codes.decode` does, and rotated as a product and a fused
 multiply-add, each rounded, as models do that rotate in bfloat16.
+
+Shapes: N slots at a time, M padded rows, C lanes of a unit, each with E words of a half of the channels.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -63,16 +65,15 @@ def _eight_bits(word: str, out: list[str]) -> list[str]:
 
 
 def _program(bits: int, *, rotated: bool) -> str:
-    """Four channels of either half: outputs $0 .. $7; then words, scale and zero of both halves, cosines and sines."""
-    first = 8 + (1 if bits == 4 else 2)
+    """Four channels of either half, $0 .. $7, in the order of `_decoded`'s arguments from $8 on."""
     lines = ["mov.b32 magic, 0x43004300;", "mov.b32 one, 0x3F803F80;", "mov.b32 less, 0xC300C300;",
              "mov.b32 none, 0x80008000;"]  # fmt: skip
     a, b = ["a0", "a1"], ["b0", "b1"]
     lines += _four_bits("$8", a + b) if bits == 4 else [*_eight_bits("$8", a), *_eight_bits("$9", b)]
-    lines += [f"fma.rn.bf16x2 {x}, {x}, ${first}, ${first + 1};" for x in a]
-    lines += [f"fma.rn.bf16x2 {x}, {x}, ${first + 2}, ${first + 3};" for x in b]
+    lines += [f"fma.rn.bf16x2 {x}, {x}, $10, $11;" for x in a]
+    lines += [f"fma.rn.bf16x2 {x}, {x}, $12, $13;" for x in b]
     for i in range(2 if rotated else 0):
-        cos, sin = f"${first + 4 + i}", f"${first + 6 + i}"
+        cos, sin = f"${14 + i}", f"${16 + i}"
         lines += [
             f"fma.rn.bf16x2 t, a{i}, {cos}, none;", f"fma.rn.bf16x2 u, a{i}, {sin}, none;", f"neg.bf16x2 y, b{i};",
             f"fma.rn.bf16x2 a{i}, y, {sin}, t;", f"fma.rn.bf16x2 b{i}, b{i}, {cos}, u;",
@@ -82,10 +83,7 @@ def _program(bits: int, *, rotated: bool) -> str:
 
 
 PROGRAMS = {(bits, rotated): _program(bits, rotated=rotated) for bits in (4, 8) for rotated in (False, True)}
-CONSTRAINTS = {
-    (bits, rotated): ",".join(["=h"] * 8 + ["r"] * ((1 if bits == 4 else 2) + 4 + 4 * rotated))
-    for bits, rotated in PROGRAMS
-}  # fmt: skip
+FORM = tl.constexpr(",".join(["=h"] * 8 + ["r"] * 10))
 
 
 @triton.jit
@@ -95,17 +93,23 @@ def _half(pair, SECOND: tl.constexpr):
 
 
 @triton.jit
+def _rounded(x):
+    """fp32 to the nearest number that bfloat16 has, ties to even. (Triton's interpreter cuts off.)"""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _number(word, scale, zero, SHIFT: tl.constexpr, BITS: tl.constexpr):
     """A code as a number that bfloat16 has, in fp32."""
     code = ((word >> SHIFT) & (2**BITS - 1)).to(tl.float32)
-    return (code * _half(scale, False) + _half(zero, False)).to(tl.bfloat16).to(tl.float32)
+    return _rounded(code * _half(scale, False) + _half(zero, False))
 
 
 @triton.jit
 def _turned(a, b, cos, sin, SECOND: tl.constexpr):
     c, s = _half(cos, SECOND), _half(sin, SECOND)
-    ac, as_ = (a * c).to(tl.bfloat16).to(tl.float32), (a * s).to(tl.bfloat16).to(tl.float32)
-    return ac - b * s, b * c + as_
+    return _rounded(_rounded(a * c) - b * s), _rounded(b * c + _rounded(a * s))
 
 
 @triton.jit
@@ -126,11 +130,11 @@ def _join(a, b, c, d):
 
 @triton.jit
 def _decoded(one, two, s1, z1, s2, z2, c01, c23, s01, s23, C: tl.constexpr, BITS: tl.constexpr,
-             ROTATED: tl.constexpr, PROGRAM: tl.constexpr, FORM: tl.constexpr):  # fmt: skip
+             ROTATED: tl.constexpr, PROGRAM: tl.constexpr):  # fmt: skip
     """Words [N, C, E] as bfloat16 numbers of both halves, [N, C, E, 2, 2] each.
 
     one, two: words of the halves, the same at 4 bits. s1, z1, s2, z2: their scales and zeros, [N C].
-    c01 .. s23: cosines and sines, two in an int32. PROGRAM and FORM: PTX; None: what it does, in Triton.
+    c01 .. s23: cosines and sines, two in an int32, read if ROTATED. PROGRAM: PTX; None: what it does, in Triton.
     """
     s1, z1, s2, z2 = _twice(s1, C, PROGRAM), _twice(z1, C, PROGRAM), _twice(s2, C, PROGRAM), _twice(z2, C, PROGRAM)
     if PROGRAM is None:
@@ -144,32 +148,12 @@ def _decoded(one, two, s1, z1, s2, z2, c01, c23, s01, s23, C: tl.constexpr, BITS
             b, x = _turned(b, x, c01, s01, True)
             c, y = _turned(c, y, c23, s23, False)
             d, z = _turned(d, z, c23, s23, True)
-    elif ROTATED:
-        if BITS == 4:
-            a, b, c, d, w, x, y, z = tl.inline_asm_elementwise(
-                    PROGRAM, FORM, [one, s1, z1, s2, z2, c01, c23, s01, s23],
-                    (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
-                    is_pure=True, pack=1,
-                )  # fmt: skip
-        else:
-            a, b, c, d, w, x, y, z = tl.inline_asm_elementwise(
-                    PROGRAM, FORM, [one, two, s1, z1, s2, z2, c01, c23, s01, s23],
-                    (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
-                    is_pure=True, pack=1,
-                )  # fmt: skip
     else:
-        if BITS == 4:
-            a, b, c, d, w, x, y, z = tl.inline_asm_elementwise(
-                    PROGRAM, FORM, [one, s1, z1, s2, z2],
-                    (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
-                    is_pure=True, pack=1,
-                )  # fmt: skip
-        else:
-            a, b, c, d, w, x, y, z = tl.inline_asm_elementwise(
-                    PROGRAM, FORM, [one, two, s1, z1, s2, z2],
-                    (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
-                    is_pure=True, pack=1,
-                )  # fmt: skip
+        a, b, c, d, w, x, y, z = tl.inline_asm_elementwise(
+            PROGRAM, FORM, [one, two, s1, z1, s2, z2, c01, c23, s01, s23],
+            (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16,
+             tl.bfloat16), is_pure=True, pack=1,
+        )  # fmt: skip
     return _join(a, b, c, d).to(tl.bfloat16), _join(w, x, y, z).to(tl.bfloat16)
 
 
@@ -186,7 +170,7 @@ def _words(x_ptr, slot, C: tl.constexpr, E: tl.constexpr, UNIT: tl.constexpr, BI
 
 @triton.jit
 def _lanes(x, C: tl.constexpr, E: tl.constexpr):
-    """[N, C E] -> [N, C, E]. Loaded as [N, C E], so that it is a thread's neighbours who have the unit's other words."""
+    """[N, C E] -> [N, C, E]. Loaded as [N, C E], so that a thread's neighbours have the unit's other words."""
     return tl.reshape(x, (x.shape[0], C, E))
 
 
@@ -216,7 +200,7 @@ def _spread(near, far, N: tl.constexpr, C: tl.constexpr, E: tl.constexpr):
 
 @triton.jit
 def _wall(x, PROGRAM: tl.constexpr):
-    """x, but nothing is known about where it comes from."""
+    """x, and nothing is seen of where it comes from: behind joins Triton arranges tensor cores' operands otherwise."""
     if PROGRAM is None:
         return x
     else:
@@ -231,7 +215,7 @@ def _split_codes(
     q_b, q_h, q_t, k_b, k_h, v_b, v_h, ks_b, ks_h, ks_t, vs_b, vs_h, vs_t, bias_b, bias_h, table_t,
     T: tl.constexpr, G: tl.constexpr, M: tl.constexpr, N: tl.constexpr, C: tl.constexpr, E: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
-    K_PROGRAM: tl.constexpr, K_FORM: tl.constexpr, V_PROGRAM: tl.constexpr, V_FORM: tl.constexpr,
+    K_PROGRAM: tl.constexpr, V_PROGRAM: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = 4 * C * E
     UNIT: tl.constexpr = 2 * HALF * BITS // 32
@@ -276,7 +260,7 @@ def _split_codes(
         cos = tl.load(cos_ptr + place, mask=real[:, None], other=0.0).to(tl.float32)
         sin = tl.load(sin_ptr + place, mask=real[:, None], other=0.0).to(tl.float32)
         a, b = q_one.to(tl.float32), q_two.to(tl.float32)
-        q_one, q_two = (a * cos - b * sin).to(tl.bfloat16), (b * cos + a * sin).to(tl.bfloat16)
+        q_one, q_two = a * cos - b * sin, b * cos + a * sin
     q_one, q_two = q_one.to(dot_type), q_two.to(dot_type)
 
     visible = tl.minimum(units, stop - (T - 1 - t) - low).to(tl.int32)
@@ -299,8 +283,7 @@ def _split_codes(
             sin_near, sin_far = _angle_words(sin_words, table_t, where, C, E)
             c01, c23 = _spread(cos_near, cos_far, N, C, E)
             s01, s23 = _spread(sin_near, sin_far, N, C, E)
-        one, two = _decoded(k_one, k_two, k_s1, k_z1, k_s2, k_z2, c01, c23, s01, s23, C, BITS, ROTATED, K_PROGRAM,
-                            K_FORM)  # fmt: skip
+        one, two = _decoded(k_one, k_two, k_s1, k_z1, k_s2, k_z2, c01, c23, s01, s23, C, BITS, ROTATED, K_PROGRAM)
         one = _wall(tl.reshape(tl.permute(one, (0, 2, 3, 1, 4)), (N, HALF)), K_PROGRAM)
         two = _wall(tl.reshape(tl.permute(two, (0, 2, 3, 1, 4)), (N, HALF)), K_PROGRAM)
         logits = tl.dot(q_one, tl.trans(one.to(dot_type)), input_precision="ieee")
@@ -323,10 +306,9 @@ def _split_codes(
         fade = tl.exp2(most - ground)
         most = new_most
         total = total * fade[:, None] + weight
-        one, two = _decoded(v_one, v_two, v_s1, v_z1, v_s2, v_z2, v_one, v_one, v_one, v_one, C, BITS, False, V_PROGRAM,
-                            V_FORM)  # fmt: skip
+        one, two = _decoded(v_one, v_two, v_s1, v_z1, v_s2, v_z2, v_one, v_one, v_one, v_one, C, BITS, False, V_PROGRAM)
         one, two = _wall(tl.reshape(one, (N, HALF)), V_PROGRAM), _wall(tl.reshape(two, (N, HALF)), V_PROGRAM)
-        weight = weight.to(tl.bfloat16).to(dot_type)
+        weight = weight.to(dot_type)
         out_one = tl.dot(weight, one.to(dot_type), out_one * fade[:, None], input_precision="ieee")
         out_two = tl.dot(weight, two.to(dot_type), out_two * fade[:, None], input_precision="ieee")
         v_one, v_two = _words(v_ptr, next_slot, C, E, UNIT, BITS)
@@ -385,11 +367,12 @@ def stretch_of(slots: int, heads: int, block: int, processors: int) -> int:
         rounds += 1
 
 
-def constants(dim: int, groups: int, t: int, block: int, k: Codes, *, rotated: bool) -> dict[str, int | bool | str | None]:
+def constants(
+    dim: int, groups: int, t: int, block: int, k: Codes, *, rotated: bool
+) -> dict[str, int | bool | str | None]:
     """What `_split_codes` is compiled for. block: slots at once."""
     lanes, words = _lanes_of(dim)
-    programs = dict(K_PROGRAM=PROGRAMS[k.bits, rotated], K_FORM=CONSTRAINTS[k.bits, rotated],
-                    V_PROGRAM=PROGRAMS[k.bits, False], V_FORM=CONSTRAINTS[k.bits, False])  # fmt: skip
+    programs = dict(K_PROGRAM=PROGRAMS[k.bits, rotated], V_PROGRAM=PROGRAMS[k.bits, False])
     return dict(
         T=t, G=groups, M=max(16, triton.next_power_of_2(groups * t)), N=block, C=lanes, E=words, BITS=k.bits,
         GROUP=dim // k.scale.shape[3], UPCAST=INTERPRETED, **(dict.fromkeys(programs) if INTERPRETED else programs),
