@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from locret.kernels.decode_attention import Angles, Codes, Slab, Span
-from locret.kernels.decode_codes_triton import fits, split_codes, stretch_of
+from locret.kernels.decode_codes_triton import REGISTERS, fits, per_multiprocessor, split_codes, stretch_of
 from locret.kernels.scattered import Scattered
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # its dot multiplies the bits of bf16 as if they were numbers
@@ -228,14 +228,17 @@ class Tile:
     stretch: int | None = None  # slots of a program; None: by the number of multiprocessors
     warps: int = 4
     stages: int = 2  # of slots on their way; `_split_codes` always has the next one in registers
-
-
-CODES_TILE = Tile(64)
+    registers: int = REGISTERS  # of a thread of `_split_codes`
 
 
 def default_tile(dim: int, element_size: int, *, coded: bool = False) -> Tile:
     """At most 16 KB of keys at once; as they are, two further blocks are on their way meanwhile."""
     return Tile(64 if triton.next_power_of_2(dim) * element_size <= 256 else 32, stages=2 if coded else 3)
+
+
+def codes_tile(dim: int) -> Tile:
+    """Of `_split_codes`: what fits its registers."""
+    return Tile(64 if dim <= 128 else 32)
 
 
 def decode_attention_triton(
@@ -252,9 +255,10 @@ def decode_attention_triton(
     heads, slots = (k.heads, k.slots) if isinstance(k, Scattered) else k_x.shape[1:3]
     rows = num_q // heads * t
     coded = fits(q, k, v, angles)
-    tile = tile or (CODES_TILE if coded else default_tile(dim, q.element_size(), coded=isinstance(k, Codes)))
+    tile = tile or (codes_tile(dim) if coded else default_tile(dim, q.element_size(), coded=isinstance(k, Codes)))
     if coded:
-        cut = stretch_of(slots, batch * heads, tile.slots, _processors(q.device))
+        at_once = per_multiprocessor(tile.warps, tile.registers) * _processors(q.device)
+        cut = stretch_of(slots, batch * heads, tile.slots, at_once)
     elif isinstance(k, Scattered):
         cut = SCATTERED_STRETCH
     else:
@@ -270,7 +274,8 @@ def decode_attention_triton(
     if coded:
         assert isinstance(k, Codes)
         assert isinstance(v, Codes)
-        split_codes(q, k, v, scale, span, angles, softcap, bias, part, lse, stretch, tile.slots, tile.warps)
+        shape = (tile.slots, tile.warps, tile.registers)
+        split_codes(q, k, v, scale, span, angles, softcap, bias, part, lse, stretch, *shape)
     else:
         fixed = constants(dim, num_q // heads, t, tile.slots, k, angles)
         fixed |= dict(CAPPED=softcap is not None, UPCAST=INTERPRETED and q.dtype == torch.bfloat16)

@@ -34,7 +34,7 @@ from locret.kernels.decode_attention import Angles, Codes, Slab, Span
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then there is no PTX
 HEAD_DIMS = (64, 128, 256)
-PER_MULTIPROCESSOR = 3  # programs at a time, by their registers
+REGISTERS = 168  # of a thread, at most: three programs of 4 warps on a multiprocessor
 LONGEST_STRETCH = 768  # slots whose angles stay in the L1 cache
 
 
@@ -356,15 +356,20 @@ def _lanes_of(dim: int) -> tuple[int, int]:
     return dim // 8 // words, words
 
 
-def stretch_of(slots: int, heads: int, block: int, processors: int) -> int:
-    """Slots of a program: as many rounds of programs as it takes, all of them full."""
+def stretch_of(slots: int, heads: int, block: int, at_once: int) -> int:
+    """Slots of a program: as many rounds of programs as it takes, `at_once` of them run, all rounds full."""
     rounds = 1
     while True:
-        wanted = triton.cdiv(slots * heads, PER_MULTIPROCESSOR * processors * rounds)
+        wanted = triton.cdiv(slots * heads, at_once * rounds)
         stretch = triton.cdiv(wanted, block) * block
         if stretch <= max(LONGEST_STRETCH, block):
             return stretch
         rounds += 1
+
+
+def per_multiprocessor(warps: int, registers: int) -> int:
+    """Programs that one runs at a time: it has 65,536 registers."""
+    return max(1, 65_536 // (32 * warps * registers))
 
 
 def constants(
@@ -381,7 +386,7 @@ def constants(
 
 def split_codes(
     q: Tensor, k: Codes, v: Codes, scale: float, span: Span, angles: Angles | None, softcap: float | None,
-    bias: Tensor | None, part: Tensor, lse: Tensor, stretch: int, block: int, warps: int,
+    bias: Tensor | None, part: Tensor, lse: Tensor, stretch: int, block: int, warps: int, registers: int,
 ) -> None:  # fmt: skip
     """Fill `part` [B Hkv, stretches, G T, D] and `lse` [B Hkv, stretches, G T], fp32, for `_merge`.
 
@@ -400,5 +405,5 @@ def split_codes(
         *q.stride()[:3], *words[0].stride()[:2], *words[1].stride()[:2], *k.scale.stride()[:3], *v.scale.stride()[:3],
         *((0, 0) if bias is None else bias.stride()[:2]), 0 if angles is None else angles.cos.stride(0) // 2,
         CAPPED=softcap is not None, **constants(dim, num_q // heads, t, block, k, rotated=angles is not None),
-        num_warps=warps, num_stages=1,
+        num_warps=warps, num_stages=1, maxnreg=registers,
     )  # fmt: skip
