@@ -5,6 +5,7 @@ tests marked gpu run the captured graph.
 """
 
 import gc
+import math
 import weakref
 
 import pytest
@@ -13,13 +14,14 @@ from conftest import build_tiny_model
 from triton_programs import interpret
 
 import locret
-from locret import graph
 from locret.backbone import Backbone
+from locret.cache import Packed
 from locret.config import CacheConfig
-from locret.graph import Step, StepGraph
+from locret.graph import StepGraph
 from locret.heads import HeadsConfig, RetainingHeads
 from locret.methods import get_method
 from locret.prefill import ChunkPass, Reader
+from locret.step import Step, take
 
 FAMILIES = ["llama", "qwen2", "qwen3", "phi3", "phi3-longrope", "gemma", "glm", "cohere", "smollm3", "yarn"]
 
@@ -61,11 +63,12 @@ def compare(backbone, name, config, text, prompt_len, capture=False, rtol=1e-4, 
     assert mine_cache.seen == cache.seen
     for one, other in zip(cache.layers, mine_cache.layers, strict=True):
         assert one.held == other.held
-        want, got = one.tensors(), other.tensors()
+        want, got = one.units().tensors(), other.units().tensors()
         for column in ("position", "protected"):
             assert torch.equal(want[column], got[column]), column
         for column in ("k", "v", "score"):
             assert (got[column] - want[column]).float().norm() <= rtol * want[column].float().norm(), column
+    return mine_cache
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -117,17 +120,22 @@ def test_no_step_is_an_ordinary_one_not_even_where_it_evicts(monkeypatch):
 
 
 def test_a_step_waits_for_the_next_reader_and_keeps_nobody_alive():
+    class Owner:
+        """Has a step until it is gone."""
+
     backbone = Backbone(build_tiny_model("llama"))
-    step = graph._take(backbone, 1, 4)
-    graph._give(step, weakref.ref(backbone), 1, 4)
-    assert graph._take(backbone, 1, 3) is not step
-    assert graph._take(backbone, 1, 4) is step
-    assert graph._take(backbone, 1, 4) is not step  # it is taken
-    graph._give(step, weakref.ref(backbone), 1, 4)
+    first = Owner()
+    step = take(backbone, (1, 4, None), owner=first)
+    second = Owner()
+    assert take(backbone, (1, 4, None), owner=second) is not step  # it is taken
     gone = weakref.ref(backbone)
     gc.disable()
     try:
-        del backbone, step
+        del first
+        assert take(backbone, (1, 3, None), owner=second) is not step
+        third = Owner()
+        assert take(backbone, (1, 4, None), owner=third) is step
+        del second, third, step, backbone
         assert gone() is None
     finally:
         gc.enable()
@@ -149,6 +157,90 @@ def test_the_next_reader_replays_what_was_captured_for_the_last(monkeypatch):
     assert len(captures) == 1
 
 
+# ---------------------------------------------------------------------- units in codes
+
+CODED = [
+    ("int8", "llama", "locret"),
+    ("int4", "qwen3", "locret"),
+    ("quanto4", "glm", "knorm"),
+    ("int4", "llama", "full"),
+]
+
+
+@pytest.fixture
+def newest_as_stored(monkeypatch):
+    """Ordinary steps that see their own unit as it is stored, which is what replayed ones do."""
+    join = Packed.join
+
+    def joined(self, new):
+        packed, dense = join(self, new)
+        return packed, (packed.units() if len(new) == 1 else dense)
+
+    monkeypatch.setattr(Packed, "join", joined)
+
+
+@pytest.mark.parametrize(("storage", "family", "name"), CODED)
+def test_steps_over_codes_equal_ordinary_ones(newest_as_stored, storage, family, name):
+    """Evictions in between, a stash that is emptied early, two rows: scores of exact keys and values, too.
+
+    In float64: in float32 now and then a number lies so near the middle of two codes that rounding decides.
+    """
+    backbone = Backbone(build_tiny_model(family).double())
+    config = CacheConfig(
+        budget=30, chunk_size=16, num_stabilizers=4, local_window=4, decode_interval=6, storage=storage
+    )
+    compare(backbone, name, config, words(2, 97), 57)
+    cache = compare(
+        backbone, name, CacheConfig(**{**vars(config), "budget": 60, "decode_interval": 3}), words(2, 70), 9
+    )
+    assert all(isinstance(held.slab, Packed) for held in cache.layers)
+
+
+def test_a_step_over_codes_is_near_one_that_sees_its_unit_as_it_came():
+    """The one difference between the two kinds of steps is one unit's rounding."""
+    backbone = Backbone(build_tiny_model("llama"))
+    config = CacheConfig(budget=90, chunk_size=16, num_stabilizers=4, local_window=4, storage="int8")
+    method, text = method_of("knorm", backbone), words(1, 80)
+    logits, _ = decode(backbone, method, config, text[:, :60], text[:, 60:], graph=False)
+    mine, _ = decode(backbone, method, config, text[:, :60], text[:, 60:], graph=True)
+    assert 0 < (mine - logits).norm() <= 2e-2 * logits.norm()
+
+
+def test_a_step_over_codes_changes_no_other_unit_and_is_taken_back():
+    """Codes, scales and zeros of the units before it stay bit by bit; the slabs keep their bytes and addresses."""
+    backbone = Backbone(build_tiny_model("llama"))
+    config = CacheConfig(budget=40, chunk_size=16, num_stabilizers=4, local_window=4, storage="int4")
+    reader = Reader.start(backbone, method_of("locret", backbone), config, batch=1, prompt_len=30)
+    with torch.inference_mode():
+        logits = reader.read(words(1, 30))
+        before = [{name: x.clone() for name, x in held.tensors().items()} for held in reader.cache.layers]
+        places = [[x.data_ptr() for x in held.slab] for held in reader.cache.layers]
+        kv_bytes, held = reader.cache.nbytes, reader.cache.held
+        reader._graph = StepGraph.of(reader, capture=False)
+        stash = reader._graph._step.stash
+        shape = (
+            backbone.num_layers,
+            1,
+            backbone.num_q_heads + 2 * backbone.num_kv_heads,
+            len(stash),
+            backbone.head_dim,
+        )
+        assert stash.nbytes == 4 * math.prod(shape)
+        assert reader.cache.peak_bytes >= kv_bytes + stash.nbytes
+        for token in (5, 6, 7):
+            logits = reader.step(torch.tensor([token]))
+        reader.unread()
+        again = reader.step(torch.tensor([7]))
+        assert torch.equal(again, logits)
+        twin = reader.copy()  # settles
+    assert (reader.cache.nbytes, reader.cache.held) == (kv_bytes, held + 3)
+    assert places == [[x.data_ptr() for x in held.slab] for held in reader.cache.layers]
+    for cache in (reader.cache, twin.cache):
+        for old, layer in zip(before, cache.layers, strict=True):
+            assert all(torch.equal(x, layer.tensors()[name][:, :, :held]) for name, x in old.items())
+            assert layer.positions()[0, 0, -3:].tolist() == [30, 31, 32]
+
+
 @pytest.mark.parametrize(
     ("family", "name", "options"),
     [
@@ -156,7 +248,10 @@ def test_the_next_reader_replays_what_was_captured_for_the_last(monkeypatch):
         ("llama", "corm", {}),
         ("llama", "adakv", {}),  # heads of different lengths
         ("mistral-window", "locret", {}),
-        ("llama", "locret", {"storage": "int8"}),
+        ("llama", "locret", {"storage": "int2"}),
+        ("llama", "locret", {"storage": "hqq4"}),
+        ("llama", "locret", {"storage": "kivi4"}),
+        ("llama", "locret", {"storage": "think-int4"}),  # keys and values are not stored alike
         ("llama", "locret", {"positions": "original"}),
     ],
 )
@@ -198,6 +293,27 @@ def test_nan_scores_are_reported_even_if_the_stash_was_emptied_since():
         weight.copy_(whole)
         with pytest.raises(Exception, match="NaN or infinite scores"):
             reader.settle()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("storage", "family", "name"), CODED)
+def test_a_captured_graph_over_codes_equals_ordinary_steps(newest_as_stored, storage, family, name):
+    """A number between two codes may fall to either side: units differ by the share of those, logits hardly."""
+    backbone = Backbone(build_tiny_model(family, head_dim=64).to("cuda", torch.float32))
+    assert backbone.fused is not None
+    config = CacheConfig(
+        budget=30, chunk_size=16, num_stabilizers=4, local_window=4, decode_interval=6, storage=storage
+    )
+    compare(backbone, name, config, words(2, 97, "cuda"), 57, capture=True, rtol=5e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+def test_a_captured_graph_over_codes_in_bf16(newest_as_stored, storage):
+    """Head dim 128: the kernel of codes. Nothing is evicted, so that rounding cannot choose other units."""
+    backbone = Backbone(build_tiny_model("llama", head_dim=128).to("cuda", torch.bfloat16))
+    config = CacheConfig(budget=30, chunk_size=16, num_stabilizers=4, local_window=4, storage=storage)
+    compare(backbone, "full", config, words(2, 97, "cuda"), 57, capture=True, rtol=5e-2)
 
 
 @pytest.mark.gpu
@@ -246,11 +362,12 @@ def graphs_everywhere(monkeypatch):
     return lambda: monkeypatch.setattr(Reader, "_step_graph", step_graph)
 
 
-def conversation(folder, **sampling):
+def conversation(folder, storage="dense", **sampling):
     """Texts of two turns, a question beside them and a forked one, and what the cache holds in the end."""
     llm = locret.load(
-        folder, method="knorm", budget=60, chunk_size=32, num_stabilizers=8, local_window=8, decode_interval=7
-    )
+        folder, method="knorm", budget=60, chunk_size=32, num_stabilizers=8, local_window=8, decode_interval=7,
+        storage=storage,
+    )  # fmt: skip
     context = llm.compress("a story of 1234 words about the sea and the wind " * 4)
     outputs = [context.ask("who?", max_new_tokens=9, **sampling), context.chat("what?", max_new_tokens=30, **sampling)]
     twin = context.fork()
@@ -270,6 +387,12 @@ def test_conversations_are_the_same_with_replayed_steps(tiny_folder, graphs_ever
     want = conversation(tiny_folder("llama"), **sampling)
     graphs_everywhere()
     assert conversation(tiny_folder("llama"), **sampling) == want
+
+
+def test_conversations_over_codes_are_the_same_with_replayed_steps(tiny_folder, graphs_everywhere, newest_as_stored):
+    want = conversation(tiny_folder("llama"), storage="int4")
+    graphs_everywhere()
+    assert conversation(tiny_folder("llama"), storage="int4") == want
 
 
 def test_a_stream_that_is_left_early_leaves_a_whole_cache(tiny_folder, graphs_everywhere):

@@ -213,7 +213,7 @@ def test_scores_that_are_nan_fail_their_own_request_only(ahead: bool, options: d
     assert stash is not None
     assert bad._row is not None
     with torch.inference_mode():
-        stash[:, bad._row].fill_(float("nan"))
+        stash.q[:, bad._row].fill_(float("nan"))
     at = len(bad.tokens)
     scheduler.run()
     with pytest.raises(NumericsError, match="NaN or infinite scores"):

@@ -2,7 +2,7 @@
 
 Every reader keeps its own cache. Which slabs a row reads and writes stands in a table on the device; entering, leaving
 and evicting change one row of it. A row that nobody has, or whose request waits in this round, stands idle: it works on
-a slab of one unit, and nobody looks at what comes out.
+a slab of one unit, and nobody looks at what comes out. Caches that hold codes take no row.
 
 What a row gets does not depend on the others: products have one shape, whoever is there; attention cuts every row at
 the same slots; scores are written a row at a time, when its own stash is full.
@@ -19,10 +19,11 @@ from torch import Tensor
 
 from locret.backbone import Backbone, Rope, model_length
 from locret.cache import Units
-from locret.graph import MOST_STASHED, Step, alike, can_capture, count, reads_tables, room, row_state, write
+from locret.graph import MOST_STASHED, alike, codec_of, count, room, row_state, write
 from locret.kernels.scattered import Scattered, addresses
 from locret.methods.base import Method
 from locret.prefill import Reader
+from locret.step import Step, can_capture, reads_tables
 
 _BLOCK = 1024  # the longest slab that launches are made for is rounded up to these
 
@@ -74,11 +75,13 @@ class SlotsGraph:
         """Give a reader a row; None: its steps are not like the others'."""
         if reader.cache.batch != 1 or not alike(reader) or not self._same_angles(reader.rope):
             return None
+        if any(codec_of(held) is not None for held in reader.cache.layers):
+            return None
         row = self._readers.index(None)
         self._readers[row], self._pending[row] = reader, 0
         self._good[row].fill_(True)
         if self._step.stash is not None:
-            reader.cache.note_scratch(self._step.stash[:, row].nbytes)
+            reader.cache.note_scratch(self._step.stash.row(row).nbytes)
         return row
 
     def leave(self, row: int) -> None:
@@ -98,7 +101,7 @@ class SlotsGraph:
         Returns: logits [1, V] of these rows, in memory that the next step writes over.
         """
         for row, reader in enumerate(self._readers):
-            full = self._step.stash is not None and self._pending[row] == self._step.stash.shape[3]
+            full = self._step.stash is not None and self._pending[row] == len(self._step.stash)
             if reader is not None and (full or row not in tokens):
                 self.settle(row)
             if self._running[row] != (row in tokens):
@@ -119,7 +122,7 @@ class SlotsGraph:
         reader, pending = self._reader(row), self._pending[row]
         if not pending:
             return
-        stash = None if self._step.stash is None or reader.plan.budget is None else self._step.stash[:, row : row + 1]
+        stash = None if self._step.stash is None or reader.plan.budget is None else self._step.stash.row(row)
         self._good[row] &= write(self._backbone, self._method, reader.cache, pending, stash)
         self._pending[row], self._running[row] = 0, None
 
