@@ -284,7 +284,8 @@ class Reader:
         """Whether chunks are all the same work from now on: every layer is full, and positions decide nothing."""
         layers = zip(self.cache.layers, self.budgets, strict=True)
         same = self.method.evicts and self.method.replayable and not self.cache.joins and can_capture(self.backbone)
-        return same and alike(self) and all(held.held == budget for held, budget in layers)
+        full = all(isinstance(held.slab, Units) and held.held == budget for held, budget in layers)
+        return same and full and alike(self)
 
     def _replay(self, ids: Tensor) -> Replay:
         """Of chunks like ids [B, C], while `_is_steady`."""
