@@ -67,7 +67,7 @@ def products():
 def elements():
     """name -> relative error of norms, gates, rotations, merges; 0 or inf for copies."""
     from locret.kernels.append_triton import append_triton
-    from locret.kernels.linear_triton import rms_norm_triton, silu_mul_triton
+    from locret.kernels.linear_triton import rms_norm_triton, silu_mul_triton, silu_scores_triton
     from locret.kernels.merge_triton import merge_triton
     from locret.kernels.rotate_triton import rotate_triton
 
@@ -81,6 +81,11 @@ def elements():
         gate, up = (numbers(5, 1000, dtype=dtype, seed=i).contiguous() for i in range(2))
         want = torch.nn.functional.silu(gate.double()) * up.double()
         found[f"silu {dtype}"] = error(silu_mul_triton(gate, up), want) / allowed
+        for batch, tokens, inner, outputs in ((2, 37, 48, 8), (1, 20, 1000, 3), (3, 1, 256, 32)):
+            x = numbers(batch * tokens, inner, dtype=dtype).contiguous()
+            weight = numbers(outputs, inner, dtype=dtype, seed=2)
+            got, want = silu_scores_triton(x, weight, tokens), linear.silu_scores(x.double(), weight.double(), tokens)
+            found[f"scores {dtype} {inner}"] = error(got, want) / allowed
         for heads, tokens, dim, turned, interleaved in (
             (3, 70, 64, 64, False),
             (2, 33, 20, 12, False),
@@ -172,7 +177,7 @@ COMPILED = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from locret.kernels.linear_triton import _gated, _project
+from locret.kernels.linear_triton import _gated, _project, _silu_scores
 def build(kernel, types, fixed):
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     made = triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=fixed), target=GPUTarget("cuda", 90, 32),
@@ -186,13 +191,15 @@ fixed = dict(NORM=True, BLOCK_N=16, BLOCK_K=256)
 build(_project, project, fixed | dict(SIZES=(4096, 1024, 1024), BLOCKS=(0, 256, 320, 384), OFFSETS=(0, 4096, 5120),
       BIASED=(True, False, False), ADD=False))
 build(_gated, gated, fixed)
+scores = dict(x_ptr="*bf16", w_ptr="*bf16", w_n="i32", out_ptr="*fp32", rows="i32", tokens="i32", e="i32")
+build(_silu_scores, scores, dict(N=8, BLOCK_M=32, BLOCK_K=256))
 """
 
 
 @pytest.mark.triton_interpret
 def test_the_products_compile_for_a_gpu_that_is_not_here(tmp_path):
     lines = compile_only(COMPILED, tmp_path)
-    assert len(lines) == 2
+    assert len(lines) == 3
     assert all(int(shared) <= 99 * 1024 for (shared,) in lines)
 
 
