@@ -71,7 +71,7 @@ def elements():
     """name -> relative error of norms, gates, rotations, merges; 0 or inf for copies."""
     from locret.kernels.append_codes_triton import append_codes_triton
     from locret.kernels.append_triton import append_triton
-    from locret.kernels.linear_triton import rms_norm_triton, silu_mul_triton
+    from locret.kernels.linear_triton import rms_norm_triton, silu_mul_triton, silu_scores_triton
     from locret.kernels.merge_triton import merge_triton
     from locret.kernels.rotate_triton import rotate_triton
 
@@ -85,6 +85,11 @@ def elements():
         gate, up = (numbers(5, 1000, dtype=dtype, seed=i).contiguous() for i in range(2))
         want = torch.nn.functional.silu(gate.double()) * up.double()
         found[f"silu {dtype}"] = error(silu_mul_triton(gate, up), want) / allowed
+        for batch, tokens, inner, outputs in ((2, 37, 48, 8), (1, 20, 1000, 3), (3, 1, 256, 32)):
+            x = numbers(batch * tokens, inner, dtype=dtype).contiguous()
+            weight = numbers(outputs, inner, dtype=dtype, seed=2)
+            got, want = silu_scores_triton(x, weight, tokens), linear.silu_scores(x.double(), weight.double(), tokens)
+            found[f"scores {dtype} {inner}"] = error(got, want) / allowed
         for heads, tokens, dim, turned, interleaved in (
             (3, 70, 64, 64, False),
             (2, 33, 20, 12, False),
@@ -212,7 +217,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from locret.kernels.append_codes_triton import _append_codes
-from locret.kernels.linear_triton import _gated, _project
+from locret.kernels.linear_triton import _gated, _project, _silu_scores
 def build(kernel, types, fixed):
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     made = triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=fixed), target=GPUTarget("cuda", 90, 32),
@@ -230,13 +235,15 @@ types = dict.fromkeys(_append_codes.arg_names[:15], "*bf16") | dict.fromkeys(("k
 types |= dict(at_ptr="*i64", slot_ptr="*i64") | dict.fromkeys(_append_codes.arg_names[14:39], "i32")
 build(_append_codes, types, dict(G=4, DIM=128, BLOCK=128, BITS=4, GROUP=32, BLOCK_G=4, BLOCK_C=32, BLOCK_B=64,
                                  STASH=True))
+scores = dict(x_ptr="*bf16", w_ptr="*bf16", w_n="i32", out_ptr="*fp32", rows="i32", tokens="i32", e="i32")
+build(_silu_scores, scores, dict(N=8, BLOCK_M=32, BLOCK_K=256))
 """
 
 
 @pytest.mark.triton_interpret
 def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path):
     lines = compile_only(COMPILED, tmp_path)
-    assert len(lines) == 3
+    assert len(lines) == 4
     assert all(int(shared) <= 99 * 1024 for (shared,) in lines)
 
 

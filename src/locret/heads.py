@@ -38,6 +38,7 @@ from transformers.activations import ACT2FN
 
 from locret.errors import HeadsError
 from locret.files import atomic_write, write_text
+from locret.kernels.linear import silu_scores
 from locret.labels import LABELS
 from locret.parallel import Shard
 
@@ -158,7 +159,7 @@ class RetainingHead(nn.Module):
         self.input = config.input
         self.fc1 = nn.Linear(config.input_size, config.hidden_size, bias=False)
         self.fc2 = nn.Linear(config.hidden_size, config.num_kv_heads, bias=False)
-        self.act = ACT2FN[config.activation]
+        self.act, self.is_silu = ACT2FN[config.activation], config.activation in ("silu", "swish")
 
     def forward(self, x: HeadInput, dtype: torch.dtype | None = None, shard: Shard | None = None) -> Tensor:
         """Inputs of T tokens -> fp32 [B, Hkv, T]; `dtype`: of fc1's product, default the weights'.
@@ -181,7 +182,10 @@ class RetainingHead(nn.Module):
             hidden = _rows(x.q, wq.dtype) @ wq.t()  # [B T, d_R]
             hidden = hidden.addmm_(_rows(x.k, wk.dtype), wk.t()).addmm_(_rows(x.v, wv.dtype), wv.t())
             hidden = shard.sum(hidden)
-        scores = self.act(hidden).float() @ shard.part(self.fc2.weight, 0).float().t()  # [B T, Hkv]
+        outputs = shard.part(self.fc2.weight, 0)
+        if self.is_silu:
+            return silu_scores(hidden, outputs, length)
+        scores = self.act(hidden).float() @ outputs.float().t()  # [B T, Hkv]
         return scores.view(batch, length, -1).transpose(1, 2)
 
 

@@ -1,8 +1,8 @@
 """`kept` and `compact` in Triton. Meaning and shapes: compact.py.
 
 `_kept`: one program a row [S], which may lie in two pieces. The threshold is built bit by bit from the top, each time
-counting the keys that reach it (32 counts; a row of up to HELD units stays in registers meanwhile), then one walk with
-two prefix sums writes.
+counting the keys that reach it (32 counts at most; a row of up to HELD units stays in registers meanwhile), then one
+walk with a prefix sum writes.
 
 `_move`: a program takes some channels of some rows and copies them in blocks of units. Out of place the blocks are
 spread over programs; in place one program walks them from the left, with a barrier between a block's loads and its
@@ -72,19 +72,25 @@ def _kept(
             first += tl.sum(((position < sinks) & (unit < sinks) & (unit < s)).to(tl.int32))
     keys, _ = _keys(olds, news, strides, batch, head, lane, held, s, first, newest, NEW)  # all there is, if ONE
 
-    # the largest threshold that at least `budget` keys reach: -2**31 with bits flipped from the top
+    # the largest threshold that at least `budget` keys reach: -2**31 with bits flipped from the top, until it is exact
     threshold = tl.full((), -0x80000000, tl.int32)
-    for i in range(32):
-        candidate = threshold ^ (tl.full((), -0x80000000, tl.int32) if i == 0 else tl.full((), 1, tl.int32) << (31 - i))
+    bit = budget * 0
+    count = bit
+    while (bit < 32) & (count != budget):
+        flipped = tl.full((), 1, tl.int32) << (31 - bit)  # the first is the sign
+        candidate = threshold ^ flipped
         if ONE:
-            count = tl.sum((keys >= candidate).to(tl.int32))
+            reach = tl.sum((keys >= candidate).to(tl.int32))
         else:
             counts = tl.zeros((BLOCK,), tl.int32)
             for start in range(0, s, BLOCK):
                 key, _ = _keys(olds, news, strides, batch, head, start + lane, held, s, first, newest, NEW)
                 counts += (key >= candidate).to(tl.int32)
-            count = tl.sum(counts)
-        threshold = tl.where(count >= budget, candidate, threshold)
+            reach = tl.sum(counts)
+        if reach >= budget:
+            threshold = candidate
+            count = reach
+        bit += 1
 
     if ONE:
         above = tl.sum((keys > threshold).to(tl.int32))
@@ -95,21 +101,26 @@ def _kept(
             counts += (key > threshold).to(tl.int32)
         above = tl.sum(counts)
 
-    # the keys again, from the cache, in shorter blocks: the two sums need registers as well
+    # the keys again, from the cache, in shorter blocks: the sums need registers as well. One sum of two numbers: units
+    # above in the lower 16 bits, ties in the upper ones
+    allowed = budget - above
+    above_before = above * 0
     ties_before = above * 0
-    kept_before = above * 0
     nothing = tl.zeros((WALK,), tl.float32)
     for start in range(0, s, WALK):
         unit = start + tl.arange(0, WALK)
         key, score = _keys(olds, news, strides, batch, head, unit, held, s, first, newest, NEW)
         nothing += tl.where(unit >= held, score * 0.0, 0.0)  # NaN for what is not finite
-        tie = ((key == threshold) & (unit < s)).to(tl.int32)
-        oldest = ties_before + tl.cumsum(tie, 0) <= budget - above
-        stays = ((key > threshold) | ((tie != 0) & oldest)).to(tl.int32)
-        slot = kept_before + tl.cumsum(stays, 0) - 1
-        tl.store(out_ptr + slot, unit.to(tl.int64), mask=(stays != 0) & (slot < budget))
-        ties_before += tl.sum(tie)
-        kept_before += tl.sum(stays)
+        is_above = key > threshold
+        is_tie = (key == threshold) & (unit < s)
+        both = is_above.to(tl.int32) + (is_tie.to(tl.int32) << 16)
+        sums = tl.cumsum(both, 0)
+        ties = ties_before + (sums >> 16)
+        slot = above_before + (sums & 0xFFFF) + tl.minimum(ties, allowed) - 1
+        tl.store(out_ptr + slot, unit.to(tl.int64), mask=is_above | (is_tie & (ties <= allowed)))
+        all_ = tl.sum(both)
+        above_before += all_ & 0xFFFF
+        ties_before += all_ >> 16
     if NEW:
         tl.store(sound_ptr + row, tl.sum(nothing))
 

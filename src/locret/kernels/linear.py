@@ -126,6 +126,20 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return functional.silu(gate, inplace=True).mul_(up)
 
 
+def silu_scores(x: Tensor, weight: Tensor, tokens: int) -> Tensor:
+    """silu(x) W^T summed in fp32, for a few outputs: the second half of a retaining head.
+
+    Args:    x: [B T, E], contiguous; weight: [N, E], rows contiguous; tokens: T.
+    Returns: fp32, [B, N, T].
+    """
+    if use_triton("linear", x) and x.dtype in _HALF and not torch.is_grad_enabled():
+        from locret.kernels.linear_triton import silu_scores_triton
+
+        return silu_scores_triton(x, weight, tokens)
+    scores = functional.silu(x).float() @ weight.float().t()  # [B T, N]
+    return scores.view(-1, tokens, len(weight)).transpose(1, 2)
+
+
 def rms_norm(x: Tensor, norm: Norm | None) -> Tensor:
     """As transformers' LlamaRMSNorm over the last dimension: normalised in fp32, rounded, then scaled."""
     if norm is None:

@@ -183,6 +183,32 @@ def silu_mul_triton(gate: Tensor, up: Tensor) -> Tensor:
     return gate
 
 
+@triton.jit
+def _silu_scores(x_ptr, w_ptr, w_n, out_ptr, rows, tokens, e, N: tl.constexpr, BLOCK_M: tl.constexpr,
+                 BLOCK_K: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    mask = (row < rows)[:, None] & (k < e)[None, :]
+    x = tl.load(x_ptr + row[:, None] * e + k[None, :], mask=mask, other=0.0).to(tl.float32)
+    x = (x * tl.sigmoid(x)).to(x_ptr.dtype.element_ty).to(tl.float32)  # where torch rounds
+    at = out_ptr + row // tokens * N * tokens + row % tokens
+    for n in tl.static_range(N):
+        w = tl.load(w_ptr + n * w_n + k, mask=k < e, other=0.0).to(tl.float32)
+        tl.store(at + n * tokens, tl.sum(x * w[None, :], 1), mask=row < rows)
+
+
+def silu_scores_triton(x: Tensor, weight: Tensor, tokens: int) -> Tensor:
+    """`silu_scores`."""
+    rows, e = x.shape
+    out = torch.empty(rows // tokens, len(weight), tokens, dtype=torch.float32, device=x.device)
+    wide = triton.next_power_of_2(e)
+    block = max(1, 8192 // wide)
+    _silu_scores[(triton.cdiv(rows, block),)](
+        x, weight, weight.stride(0), out, rows, tokens, e, N=len(weight), BLOCK_M=block, BLOCK_K=wide, num_warps=4
+    )
+    return out
+
+
 def default_tile(outputs: int, inputs: int, *, two: bool) -> Tile:
     """Long rows and few outputs a program: what was fastest on an H200 at Llama-3.1-8B's shapes (docs/kernels.md)."""
     wide = min(1024, triton.next_power_of_2(inputs))
