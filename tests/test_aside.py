@@ -121,6 +121,7 @@ def test_a_layer_is_joined_before_the_next_one_moves_and_all_at_the_end(monkeypa
 
     def keep(layer, indices):
         moved.append(layer)
+        assert any(x is indices for x in open_[-1]), "held until the join, wherever it was allocated"
         if len(moved) == fail_at:
             raise RuntimeError("broken")
         return whole(layer, indices)

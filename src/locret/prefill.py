@@ -365,7 +365,7 @@ class ChunkPass:
         out = add_prefix(own, q, turn(old.k, 0), old.v, scale=scale)
         self.cache.note_scratch(max(old.k.nbytes, new.k.nbytes))  # rotated keys, of one part at a time
         self.cache.note_scratch(held.compact_bytes(keep.shape[-1]))
-        with self.aside.run(new.k.device, new):
+        with self.aside.run(new.k.device, new, keep):
             held.keep(keep)
         return out
 
