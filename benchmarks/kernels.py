@@ -37,7 +37,7 @@ from locret.kernels.decode_attention import (
     reference_decode_attention,
     torch_decode_attention,
 )
-from locret.kernels.decode_attention_triton import Tile, decode_attention_triton
+from locret.kernels.decode_attention_triton import Tile, decode_attention_triton, default_tile
 from locret.select import select
 from locret.storage import Affine
 
@@ -49,14 +49,23 @@ Run = Callable[[], Any]
 Row = dict[str, Any]
 
 
+# budgets in units that take the bytes of the largest one in bfloat16: codes alone, scales and zeros take a quarter more
+EQUAL_BYTES = {"int8": 2, "int4": 4}
 SWEEP = [(32, 4, 2), (32, 4, 4), (64, 4, 2), (64, 4, 3), (64, 8, 2), (64, 8, 3), (128, 4, 2), (128, 8, 2), (128, 8, 3)]
+
+
+CODES_SWEEP = [  # slots at once, slots of a program, warps, registers of a thread
+    (64, None, 4, 168), (64, 256, 4, 168), (64, 512, 4, 168), (64, 1024, 4, 168), (64, 1344, 4, 168),
+    (64, None, 4, 128), (64, 512, 4, 128), (64, 1024, 4, 128), (32, None, 4, 128), (32, 1024, 4, 128),
+    (64, None, 8, 128), (128, None, 8, 192), (32, None, 2, 168),
+]  # fmt: skip
 
 
 class Shape:
     """The published model's, or one that the interpreter can take."""
 
     def __init__(self, tiny: bool) -> None:
-        self.hq, self.hkv, self.dim, self.chunk = (4, 2, 32, 20) if tiny else (32, 8, 128, 3072)
+        self.hq, self.hkv, self.dim, self.chunk = (4, 2, 64, 20) if tiny else (32, 8, 128, 3072)
         self.budgets, self.batches = ((50,), (1, 2)) if tiny else ((6000, 16_384), (1, 8, 32))
         self.repeats = 1 if tiny else 30
 
@@ -188,7 +197,7 @@ class Bench:
 
         wrong = self.decode_error(q, pair, given, kernel())
         if tile is not None:
-            shape = dict(batch=batch, storage=storage, tile=dataclasses.asdict(tile), error=wrong)
+            shape = dict(batch=batch, budget=budget, storage=storage, tile=dataclasses.asdict(tile), error=wrong)
             return shape | timed(kernel, self.shape.repeats, self.flush)
         paths: dict[str, Run] = {
             "decode, rotate, attend": lambda: torch_decode_attention(q, *pair, scale=SCALE, **given)
@@ -224,7 +233,15 @@ class Bench:
             for batch in self.shape.batches:
                 found += [self.decode(batch, budget, storage, False) for storage in ("dense", "int8", "int4")]
             found.append(self.decode(self.shape.batches[1], budget, "dense", True))
-        return found
+        return found + self.equal_bytes()
+
+    def equal_bytes(self) -> list[Row]:
+        """Codes of more units in about the bytes of the largest budget in bfloat16."""
+        budget = self.shape.budgets[-1]
+        return [
+            self.decode(batch, factor * budget, storage, False)
+            for batch in self.shape.batches[:2] for storage, factor in EQUAL_BYTES.items()
+        ]  # fmt: skip
 
 
 def sweep(bench: Bench) -> list[Row]:
@@ -238,6 +255,20 @@ def sweep(bench: Bench) -> list[Row]:
                 for stretch in (None, 2048):
                     tile = Tile(slots, stretch, warps, stages)
                     rows.append(bench.decode(batch, shape.budgets[-1], storage, False, tile))
+            found += sorted(rows, key=lambda row: row["median_us"])
+    return found
+
+
+def codes_sweep(bench: Bench) -> list[Row]:
+    """Codes at equal bytes with other tiles, beside bfloat16 with its own; fastest first within a batch and storage."""
+    found = []
+    budget = bench.shape.budgets[-1]
+    for batch in bench.shape.batches[:2]:
+        found.append(bench.decode(batch, budget, "dense", False, default_tile(bench.shape.dim, 2)))
+        for storage, factor in EQUAL_BYTES.items():
+            shapes = CODES_SWEEP[: None if CUDA else 1]
+            tiles = [Tile(slots, cut, warps, registers=registers) for slots, cut, warps, registers in shapes]
+            rows = [bench.decode(batch, factor * budget, storage, False, tile) for tile in tiles]
             found += sorted(rows, key=lambda row: row["median_us"])
     return found
 
@@ -260,7 +291,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path)
     parser.add_argument("--tiny", action="store_true", help="sizes for the interpreter")
-    parser.add_argument("--sweep", action="store_true", help="other tiles of the decode kernel instead; a few minutes")
+    parser.add_argument("--sweep", choices=["all", "codes"], help="other tiles of the decode kernel instead: all takes "
+                        "a few minutes, codes (at equal bytes) under one")  # fmt: skip
     args = parser.parse_args()
     if not CUDA and not args.tiny:
         parser.error("no CUDA device; TRITON_INTERPRET=1 ... --tiny tries the script without one")
@@ -268,7 +300,7 @@ def main() -> None:
     started = time.perf_counter()
     bench = Bench(Shape(args.tiny))
     if args.sweep:
-        tiles = sweep(bench)
+        tiles = codes_sweep(bench) if args.sweep == "codes" else sweep(bench)
         if args.output:
             write_text(args.output, json.dumps(dict(copy_gbps=bench.gbps, tiles=tiles), indent=1) + "\n")
         for row in tiles:

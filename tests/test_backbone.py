@@ -6,6 +6,7 @@ import copy
 import inspect
 import itertools
 import types
+import weakref
 
 import pytest
 import torch
@@ -408,3 +409,16 @@ def test_hidden_states_reach_a_context_that_wants_them(family):
     Look.wants_hidden = False
     backbone.run(torch.arange(6)[None] + 5, Look(), logits=0)
     assert all(hidden is None for _, hidden in seen.values())
+
+
+def test_rotation_tables_are_shared_while_somebody_has_them():
+    backbone = Backbone(build_tiny_model("llama"))
+    with torch.inference_mode():
+        rope = backbone.rope(10, 100)
+    assert backbone.rope(30, 100) is rope
+    assert rope.length >= 30
+    assert backbone.rope(10, 200) is not rope  # a family may choose its frequencies by it
+    assert not any(table.is_inference() for tables in rope._tables.values() for table in tables)
+    gone = weakref.ref(rope)
+    del rope
+    assert gone() is None

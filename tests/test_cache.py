@@ -324,11 +324,12 @@ def test_stored_bytes_equal_the_formula(tiny_model, name, dtype, batch):
     reader = reader_of(backbone, name, 500, batch=batch, budget=48, chunk_size=16)
     one = 2 * 8 * dtype.itemsize + 4 + 8 + 1  # K, V; fp32 score, int64 position, flag
     assert unit_bytes(8, dtype) == one
-    assert reader.cache.nbytes == batch * 2 * 2 * 48 * one
+    slab = 49 if name == "knorm" else 48  # one to spare for a replayed step
+    assert reader.cache.nbytes == batch * 2 * 2 * slab * one
     assert reader.cache.workspace_bytes == (batch * 2 * (48 + 16) * one if name == "recency" else 0)
     with torch.inference_mode():
         reader.read(tokens(500, batch=batch))
-    assert reader.cache.nbytes == batch * 2 * 2 * 48 * one
+    assert reader.cache.nbytes == batch * 2 * 2 * slab * one
     units = 48 + 16  # one layer's keys at their angles
     if name == "knorm":
         units += 48  # one layer's keys in one piece, and those that stay, while they are moved without Triton
@@ -342,7 +343,7 @@ def test_stored_bytes_equal_the_formula(tiny_model, name, dtype, batch):
 def test_bytes_of_windowed_layers_equal_the_formula(tiny_model):
     backbone = Backbone(tiny_model("gemma3"))  # a layer with a window of 24, one with a budget; head dim 16
     reader = reader_of(backbone, "knorm", 500, budget=48, chunk_size=16)
-    assert reader.cache.nbytes == 2 * (23 + 48) * unit_bytes(16, torch.float32)
+    assert reader.cache.nbytes == 2 * (23 + 49) * unit_bytes(16, torch.float32)
 
 
 def test_a_budget_in_bytes_is_what_the_slabs_take_at_most(tiny_model):
@@ -389,7 +390,7 @@ def read_long(backbone, length, *, method="knorm", **options):
 
 def test_allocated_bytes_are_the_same_for_16k_64k_and_256k_tokens(tiniest):
     """Real prefills, every allocation counted: a cache, score list or table that grew by a byte a token is red."""
-    runs = [read_long(tiniest, length, budget=1024) for length in (16_384, 65_536, 262_144)]
+    runs = [read_long(Backbone(tiniest.model), length, budget=1024) for length in (16_384, 65_536, 262_144)]
     peaks, alive, readers = zip(*runs, strict=True)
     assert len(set(peaks)) == 1, peaks
     assert len(set(alive)) == 1, alive

@@ -46,6 +46,7 @@ class Case:
     softcap: float | None = None
     bias: bool = False
     bits: int | None = None
+    group: int | None = None
 
 
 CASES = [
@@ -69,6 +70,14 @@ CASES = [
     Case(slots=70, dim=32, bits=4, heads=(4, 4)),
     Case(slots=90, dim=128, rotated=128, bits=4, heads=(4, 1)),
     Case(slots=90, dim=128, rotated=128, bits=8, heads=(4, 1), left=True),
+    # what `decode_codes_triton` takes in bfloat16, and what it leaves to the others
+    Case(slots=100, dim=128, rotated=128, bits=4, heads=(8, 2), t=3, left=True, right=True, offset=True, group=64),
+    Case(slots=70, dim=64, rotated=64, bits=8, t=2, right=True, bias=True, softcap=3.0, group=8, batch=1),
+    Case(slots=40, dim=256, rotated=256, bits=4, left=True, batch=1),
+    Case(slots=40, dim=256, bits=8, right=True, group=64, batch=1),
+    Case(slots=3, dim=128, rotated=128, bits=4, t=3, batch=1),
+    Case(slots=40, dim=128, rotated=64, bits=4, batch=1),
+    Case(slots=40, dim=128, rotated=128, bits=8, group=128, batch=1),
 ]
 
 
@@ -92,7 +101,7 @@ def inputs(case, dtype, device="cpu"):
     used = used.expand(b, hkv, s)
     k, v = (torch.randn(b, hkv, s, d, generator=g).to(dtype) for _ in range(2))
     if case.bits:
-        stored = [Affine(case.bits).encode(x).parts for x in (k, v)]
+        stored = [Affine(case.bits, case.group).encode(x).parts for x in (k, v)]
         k, v = (Codes(inside(x["codes"]), inside(x["scale"].masked_fill(~used[..., None], NAN)),
                       inside(x["zero"].masked_fill(~used[..., None], NAN)), case.bits) for x in stored)  # fmt: skip
     else:

@@ -5,6 +5,7 @@ tests marked gpu run the captured graph.
 """
 
 import gc
+import math
 import weakref
 
 import pytest
@@ -14,16 +15,18 @@ from triton_programs import interpret
 
 import locret
 from locret.backbone import Backbone
+from locret.cache import Packed
 from locret.config import CacheConfig
 from locret.graph import StepGraph
 from locret.heads import HeadsConfig, RetainingHeads
 from locret.methods import get_method
-from locret.prefill import Reader
+from locret.prefill import ChunkPass, Reader
+from locret.step import Step, take
 
 FAMILIES = ["llama", "qwen2", "qwen3", "phi3", "phi3-longrope", "gemma", "glm", "cohere", "smollm3", "yarn"]
 
 
-def method_of(name, backbone):
+def method_of(name, backbone, **options):
     heads = (
         RetainingHeads(HeadsConfig.of(backbone), generator=torch.Generator().manual_seed(1))
         if name == "locret"
@@ -31,7 +34,7 @@ def method_of(name, backbone):
     )
     if heads is not None:
         heads = heads.to(backbone.device, backbone.dtype)
-    return get_method(name, heads=heads)
+    return get_method(name, heads=heads, **options)
 
 
 def words(rows, length, device="cpu"):
@@ -52,19 +55,20 @@ def decode(backbone, method, config, prompt, text, graph, capture=False):
     return torch.stack(logits), reader.cache
 
 
-def compare(backbone, name, config, text, prompt_len, capture=False, rtol=1e-4):
-    method, prompt, rest = method_of(name, backbone), text[:, :prompt_len], text[:, prompt_len:]
+def compare(backbone, name, config, text, prompt_len, capture=False, rtol=1e-4, options=None):
+    method, prompt, rest = method_of(name, backbone, **(options or {})), text[:, :prompt_len], text[:, prompt_len:]
     logits, cache = decode(backbone, method, config, prompt, rest, graph=False)
     mine, mine_cache = decode(backbone, method, config, prompt, rest, graph=True, capture=capture)
     assert (mine - logits).float().norm() <= rtol * logits.float().norm()
     assert mine_cache.seen == cache.seen
     for one, other in zip(cache.layers, mine_cache.layers, strict=True):
         assert one.held == other.held
-        want, got = one.tensors(), other.tensors()
+        want, got = one.units().tensors(), other.units().tensors()
         for column in ("position", "protected"):
             assert torch.equal(want[column], got[column]), column
         for column in ("k", "v", "score"):
             assert (got[column] - want[column]).float().norm() <= rtol * want[column].float().norm(), column
+    return mine_cache
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -82,6 +86,13 @@ def test_other_methods_whose_units_are_scored_alone(name):
     compare(backbone, name, config, words(1, 80), 20)
 
 
+@pytest.mark.parametrize("name", ["snapkv", "recency", "tova", "keydiff", "expected_attention", "nacl"])
+def test_methods_that_score_when_they_evict_are_replayed_between_evictions(name):
+    backbone = Backbone(build_tiny_model("llama"))
+    config = CacheConfig(budget=40, chunk_size=16, num_stabilizers=4, local_window=4, decode_interval=5)
+    compare(backbone, name, config, words(2, 80), 50, options={"window": 8} if name == "snapkv" else {})
+
+
 def test_a_stash_that_is_full_is_scored_and_emptied():
     """A prompt far below the budget: many more steps than the stash holds before the first eviction."""
     backbone = Backbone(build_tiny_model("llama"))
@@ -89,13 +100,158 @@ def test_a_stash_that_is_full_is_scored_and_emptied():
     compare(backbone, "locret", config, words(1, 95), 5)
 
 
+def test_no_step_is_an_ordinary_one_not_even_where_it_evicts(monkeypatch):
+    backbone = Backbone(build_tiny_model("llama"))
+    config = CacheConfig(budget=30, chunk_size=16, num_stabilizers=4, local_window=4, decode_interval=6)
+    reader = Reader.start(backbone, method_of("locret", backbone), config, batch=2, prompt_len=57)
+    evictions, may_be_unread = [], []
+    evict = Reader.evict
+    monkeypatch.setattr(Reader, "evict", lambda reader: (evictions.append(reader.cache.held), evict(reader)))
+    with torch.inference_mode():
+        reader.read(words(2, 57))
+        reader._graph = StepGraph.of(reader, capture=False)
+        monkeypatch.setattr(ChunkPass, "attend", None)
+        for token in range(25):
+            may_be_unread.append(reader.can_unread)
+            reader.step(torch.full((2,), 60 + token))
+            assert reader.cache.held <= 30
+    assert evictions == [31] * 5  # the first one at the first step, then every sixth
+    assert may_be_unread == [token % 6 != 0 for token in range(25)]
+
+
+def test_a_step_waits_for_the_next_reader_and_keeps_nobody_alive():
+    class Owner:
+        """Has a step until it is gone."""
+
+    backbone = Backbone(build_tiny_model("llama"))
+    first = Owner()
+    step = take(backbone, (1, 4, None), owner=first)
+    second = Owner()
+    assert take(backbone, (1, 4, None), owner=second) is not step  # it is taken
+    gone = weakref.ref(backbone)
+    gc.disable()
+    try:
+        del first
+        assert take(backbone, (1, 3, None), owner=second) is not step
+        third = Owner()
+        assert take(backbone, (1, 4, None), owner=third) is step
+        del second, third, step, backbone
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.gpu
+def test_the_next_reader_replays_what_was_captured_for_the_last(monkeypatch):
+    """Its slabs lie elsewhere: the graph finds them in a table."""
+    captures, record = [], Step._record
+    monkeypatch.setattr(Step, "_record", lambda step: (captures.append(step), record(step)))
+    backbone = Backbone(build_tiny_model("llama", head_dim=64).to("cuda", torch.float32))
+    config = CacheConfig(budget=30, chunk_size=16, num_stabilizers=4, local_window=4, decode_interval=6)
+    method, text, others = method_of("locret", backbone), words(1, 97, "cuda"), []
+    want, _ = decode(backbone, method, config, text[:, :57], text[:, 57:], graph=False)
+    for _ in range(3):
+        got, cache = decode(backbone, method, config, text[:, :57], text[:, 57:], graph=True, capture=True)
+        others.append(cache)  # so that the next one lies elsewhere
+        assert (got - want).norm() <= 1e-3 * want.norm()
+    assert len(captures) == 1
+
+
+# ---------------------------------------------------------------------- units in codes
+
+CODED = [
+    ("int8", "llama", "locret"),
+    ("int4", "qwen3", "locret"),
+    ("quanto4", "glm", "knorm"),
+    ("int4", "llama", "full"),
+]
+
+
+@pytest.fixture
+def newest_as_stored(monkeypatch):
+    """Ordinary steps that see their own unit as it is stored, which is what replayed ones do."""
+    join = Packed.join
+
+    def joined(self, new):
+        packed, dense = join(self, new)
+        return packed, (packed.units() if len(new) == 1 else dense)
+
+    monkeypatch.setattr(Packed, "join", joined)
+
+
+@pytest.mark.parametrize(("storage", "family", "name"), CODED)
+def test_steps_over_codes_equal_ordinary_ones(newest_as_stored, storage, family, name):
+    """Evictions in between, a stash that is emptied early, two rows: scores of exact keys and values, too.
+
+    In float64: in float32 now and then a number lies so near the middle of two codes that rounding decides.
+    """
+    backbone = Backbone(build_tiny_model(family).double())
+    config = CacheConfig(
+        budget=30, chunk_size=16, num_stabilizers=4, local_window=4, decode_interval=6, storage=storage
+    )
+    compare(backbone, name, config, words(2, 97), 57)
+    cache = compare(
+        backbone, name, CacheConfig(**{**vars(config), "budget": 60, "decode_interval": 3}), words(2, 70), 9
+    )
+    assert all(isinstance(held.slab, Packed) for held in cache.layers)
+
+
+def test_a_step_over_codes_is_near_one_that_sees_its_unit_as_it_came():
+    """The one difference between the two kinds of steps is one unit's rounding."""
+    backbone = Backbone(build_tiny_model("llama"))
+    config = CacheConfig(budget=90, chunk_size=16, num_stabilizers=4, local_window=4, storage="int8")
+    method, text = method_of("knorm", backbone), words(1, 80)
+    logits, _ = decode(backbone, method, config, text[:, :60], text[:, 60:], graph=False)
+    mine, _ = decode(backbone, method, config, text[:, :60], text[:, 60:], graph=True)
+    assert 0 < (mine - logits).norm() <= 2e-2 * logits.norm()
+
+
+def test_a_step_over_codes_changes_no_other_unit_and_is_taken_back():
+    """Codes, scales and zeros of the units before it stay bit by bit; the slabs keep their bytes and addresses."""
+    backbone = Backbone(build_tiny_model("llama"))
+    config = CacheConfig(budget=40, chunk_size=16, num_stabilizers=4, local_window=4, storage="int4")
+    reader = Reader.start(backbone, method_of("locret", backbone), config, batch=1, prompt_len=30)
+    with torch.inference_mode():
+        logits = reader.read(words(1, 30))
+        before = [{name: x.clone() for name, x in held.tensors().items()} for held in reader.cache.layers]
+        places = [[x.data_ptr() for x in held.slab] for held in reader.cache.layers]
+        kv_bytes, held = reader.cache.nbytes, reader.cache.held
+        reader._graph = StepGraph.of(reader, capture=False)
+        stash = reader._graph._step.stash
+        shape = (
+            backbone.num_layers,
+            1,
+            backbone.num_q_heads + 2 * backbone.num_kv_heads,
+            len(stash),
+            backbone.head_dim,
+        )
+        assert stash.nbytes == 4 * math.prod(shape)
+        assert reader.cache.peak_bytes >= kv_bytes + stash.nbytes
+        for token in (5, 6, 7):
+            logits = reader.step(torch.tensor([token]))
+        reader.unread()
+        again = reader.step(torch.tensor([7]))
+        assert torch.equal(again, logits)
+        twin = reader.copy()  # settles
+    assert (reader.cache.nbytes, reader.cache.held) == (kv_bytes, held + 3)
+    assert places == [[x.data_ptr() for x in held.slab] for held in reader.cache.layers]
+    for cache in (reader.cache, twin.cache):
+        for old, layer in zip(before, cache.layers, strict=True):
+            assert all(torch.equal(x, layer.tensors()[name][:, :, :held]) for name, x in old.items())
+            assert layer.positions()[0, 0, -3:].tolist() == [30, 31, 32]
+
+
 @pytest.mark.parametrize(
     ("family", "name", "options"),
     [
-        ("llama", "snapkv", {}),  # its scores depend on the chunk
-        ("llama", "recency", {}),  # scores all units again
+        ("llama", "h2o", {}),  # every step adds to the scores of all units
+        ("llama", "corm", {}),
+        ("llama", "adakv", {}),  # heads of different lengths
         ("mistral-window", "locret", {}),
-        ("llama", "locret", {"storage": "int8"}),
+        ("llama", "locret", {"storage": "int2"}),
+        ("llama", "locret", {"storage": "hqq4"}),
+        ("llama", "locret", {"storage": "kivi4"}),
+        ("llama", "locret", {"storage": "think-int4"}),  # keys and values are not stored alike
         ("llama", "locret", {"positions": "original"}),
     ],
 )
@@ -137,6 +293,29 @@ def test_nan_scores_are_reported_even_if_the_stash_was_emptied_since():
         weight.copy_(whole)
         with pytest.raises(Exception, match="NaN or infinite scores"):
             reader.settle()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("storage", "name", "budget"), [("int8", "locret", 30), ("int4", "locret", 100), ("quanto4", "knorm", 100)]
+)
+def test_a_captured_graph_over_codes_equals_ordinary_steps(newest_as_stored, storage, name, budget):
+    """A number between two codes may fall to either side. At 4 bits nothing is evicted, so that it chooses no units."""
+    backbone = Backbone(build_tiny_model("llama", head_dim=64).to("cuda", torch.float32))
+    assert backbone.fused is not None
+    config = CacheConfig(
+        budget=budget, chunk_size=16, num_stabilizers=4, local_window=4, decode_interval=6, storage=storage
+    )
+    compare(backbone, name, config, words(2, 97, "cuda"), 57, capture=True, rtol=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+def test_a_captured_graph_over_codes_in_bf16(newest_as_stored, storage):
+    """Head dim 128: the kernel of codes. Nothing is evicted, so that rounding cannot choose other units."""
+    backbone = Backbone(build_tiny_model("llama", head_dim=128).to("cuda", torch.bfloat16))
+    config = CacheConfig(budget=100, chunk_size=16, num_stabilizers=4, local_window=4, storage=storage)
+    compare(backbone, "full", config, words(2, 97, "cuda"), 57, capture=True, rtol=1e-1)
 
 
 @pytest.mark.gpu
@@ -185,11 +364,12 @@ def graphs_everywhere(monkeypatch):
     return lambda: monkeypatch.setattr(Reader, "_step_graph", step_graph)
 
 
-def conversation(folder, **sampling):
+def conversation(folder, storage="dense", **sampling):
     """Texts of two turns, a question beside them and a forked one, and what the cache holds in the end."""
     llm = locret.load(
-        folder, method="knorm", budget=60, chunk_size=32, num_stabilizers=8, local_window=8, decode_interval=7
-    )
+        folder, method="knorm", budget=60, chunk_size=32, num_stabilizers=8, local_window=8, decode_interval=7,
+        storage=storage,
+    )  # fmt: skip
     context = llm.compress("a story of 1234 words about the sea and the wind " * 4)
     outputs = [context.ask("who?", max_new_tokens=9, **sampling), context.chat("what?", max_new_tokens=30, **sampling)]
     twin = context.fork()
@@ -209,6 +389,12 @@ def test_conversations_are_the_same_with_replayed_steps(tiny_folder, graphs_ever
     want = conversation(tiny_folder("llama"), **sampling)
     graphs_everywhere()
     assert conversation(tiny_folder("llama"), **sampling) == want
+
+
+def test_conversations_over_codes_are_the_same_with_replayed_steps(tiny_folder, graphs_everywhere, newest_as_stored):
+    want = conversation(tiny_folder("llama"), storage="int4")
+    graphs_everywhere()
+    assert conversation(tiny_folder("llama"), storage="int4") == want
 
 
 def test_a_stream_that_is_left_early_leaves_a_whole_cache(tiny_folder, graphs_everywhere):

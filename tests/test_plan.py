@@ -20,6 +20,7 @@ from locret.plan import (
     CARDS,
     Card,
     Shape,
+    _most_rotated,
     decode_work,
     footprint,
     get_card,
@@ -65,6 +66,14 @@ RUNS: list[tuple[str, str, dict[str, Any]]] = [
     ("gemma2-window", "knorm", dict(budget=40, chunk_size=16)),
     ("llama", "sirllm", dict(budget=40, chunk_size=16)),
 ]
+
+
+def test_rotated_keys_of_a_chunk_that_stays_beside_the_slab_are_of_one_part_at_a_time() -> None:
+    edges = [0, 16, 32, 48, 64]
+    assert _most_rotated(20, 21, edges, 70) == 21  # the step behind a full cache; slab or chunk before
+    assert _most_rotated(10, 11, edges, 70) == 16
+    assert _most_rotated(20, 70, edges, 70) == 36  # joined
+    assert _most_rotated(70, 70, edges, 70) == 69
 
 
 @pytest.mark.parametrize(("family", "method", "options"), RUNS, ids=lambda value: str(value)[:40])
@@ -131,8 +140,8 @@ def test_quantised_units_leave_room_for_more() -> None:
 def test_the_arithmetic_of_the_cache_multiplies_out() -> None:
     plan = make_plan(Shape.of(shape_config("2x64x96x8x2x264")), SLOW, context=500, users=3, budget=100)
     item = plan.items[1]
-    assert "3 users x (2 layers x 100 units x 2 KV heads x 45 B a unit" in item.arithmetic
-    assert f"= {2 * 100 * 2 * 45:,}," in item.arithmetic
+    assert "3 users x (2 layers x 101 units x 2 KV heads x 45 B a unit" in item.arithmetic
+    assert f"= {2 * 101 * 2 * 45:,}," in item.arithmetic
 
 
 def test_what_is_given_replaces_the_table() -> None:

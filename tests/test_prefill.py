@@ -327,7 +327,7 @@ def test_windowed_layers_keep_their_window_and_no_more(positions):
             reader.step(torch.tensor([9 + i]))
     assert windowed.units().position[0].tolist() == [list(range(N + 7, N + 30))] * 2
     assert len(windowed.slab) == 23
-    assert len(budgeted.slab) == 40
+    assert len(budgeted.slab) == 41
 
 
 @pytest.mark.parametrize("positions", POSITIONS)

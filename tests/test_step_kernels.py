@@ -10,10 +10,13 @@ import pytest
 import torch
 from triton_programs import compile_only, interpret
 
+from locret.graph import codes
 from locret.kernels import append, attention, linear, rotate
-from locret.kernels.decode_attention import Angles
+from locret.kernels.append_codes import append_codes
+from locret.kernels.decode_attention import Angles, Codes
 from locret.kernels.linear import Norm
 from locret.kernels.scattered import Scattered, addresses
+from locret.storage import Affine
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 SIZES = ((64, (48, 16, 16)), (100, (33,)), (300, (70, 5)))
@@ -66,6 +69,7 @@ def products():
 
 def elements():
     """name -> relative error of norms, gates, rotations, merges; 0 or inf for copies."""
+    from locret.kernels.append_codes_triton import append_codes_triton
     from locret.kernels.append_triton import append_triton
     from locret.kernels.linear_triton import rms_norm_triton, silu_mul_triton, silu_scores_triton
     from locret.kernels.merge_triton import merge_triton
@@ -109,6 +113,7 @@ def elements():
         )
         found[f"append {dtype}"] = _appended(append_triton, dtype)
         found[f"append to scattered rows {dtype}"] = _scattered(append_triton, dtype)
+        found |= {f"append {dtype} {case}": _encoded(append_codes_triton, dtype, *case) for case in CODES}
     return found
 
 
@@ -142,6 +147,37 @@ def _scattered(run, dtype):
     return 0.0 if all(torch.equal(*pair) for pair in pairs) else float("inf")
 
 
+CODES = [(8, 24, 6), (4, 24, 8), (4, 128, 32), (8, 20, None), (4, 96, 32)]  # bits, head dim, group
+
+
+def _encoded(run, dtype, bits, dim, group, *encode):
+    """Groups of all sizes of numbers, a constant one and one of zeros; nothing else in slabs and stash may change."""
+    codec = Affine(bits, group)
+    size = torch.tensor([1e-3, 1.0, 1e4], device=DEVICE)[:, None, None]
+    q, k, v = (numbers(2, 1, heads, dim, dtype=dtype, seed=heads + bits).transpose(1, 2) for heads in (6, 3, 3))
+    k, v = (k * size).to(dtype), (v * size).to(dtype)
+    k[0, 0], v[1, 2] = 0.3, 0.0
+
+    def slab(seed):
+        parts = codec.encode(numbers(2, 3, 9, dim, dtype=dtype, seed=seed)).parts
+        return Codes(parts["codes"], parts["scale"], parts["zero"], bits)
+
+    slabs = [slab(5), slab(6)]
+    stash = [numbers(2, heads, 4, dim, dtype=dtype, seed=7).clone() for heads in (6, 3, 3)]
+    held = [x for one in slabs for x in (one.codes, one.scale, one.zero)] + stash
+    twins = [x.clone() for x in held]
+    at, slot = (torch.tensor(x, device=DEVICE) for x in ([[0, 8, 4], [3, 3, 1]], [[2, 2, 2], [0, 0, 0]]))
+    run(q, k, v, *slabs, at, stash, slot, *encode)
+    new = [x for one in (k, v) for x in codec.encode(one).parts.values()]
+    for row in range(2):
+        for head in range(3):
+            for twin, x in zip(twins[:6], new, strict=True):
+                twin[row, head, at[row, head]] = x[row, head, 0]
+        for twin, x in zip(twins[6:], (q, k, v), strict=True):
+            twin[row, :, slot[row, 0]] = x[row, :, 0]
+    return 0.0 if all(torch.equal(*pair) for pair in zip(held, twins, strict=True)) else float("inf")
+
+
 PROGRAM = "import json; from test_step_kernels import {0}; print(json.dumps({0}()))"
 
 
@@ -157,6 +193,9 @@ def test_the_interpreted_kernels_equal_their_torch_paths(group):
 def test_append_in_torch(dtype):
     assert _appended(append.append, dtype) == 0.0
     assert _scattered(append.append, dtype) == 0.0
+    for bits, *shape in CODES:
+        codec = Affine(bits, shape[1])
+        assert _encoded(append_codes, dtype, bits, *shape, lambda x, codec=codec: codes(codec.encode(x), codec)) == 0.0
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 37])
@@ -177,6 +216,7 @@ COMPILED = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from locret.kernels.append_codes_triton import _append_codes
 from locret.kernels.linear_triton import _gated, _project, _silu_scores
 def build(kernel, types, fixed):
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
@@ -193,13 +233,17 @@ build(_project, project, fixed | dict(SIZES=(4096, 1024, 1024), BLOCKS=(0, 256, 
 build(_gated, gated, fixed)
 scores = dict(x_ptr="*bf16", w_ptr="*bf16", w_n="i32", out_ptr="*fp32", rows="i32", tokens="i32", e="i32")
 build(_silu_scores, scores, dict(N=8, BLOCK_M=32, BLOCK_K=256))
+types = dict.fromkeys(_append_codes.arg_names[:15], "*bf16") | dict.fromkeys(("k_codes", "v_codes"), "*u8")
+types |= dict(at_ptr="*i64", slot_ptr="*i64") | dict.fromkeys(_append_codes.arg_names[14:39], "i32")
+build(_append_codes, types, dict(G=4, DIM=128, BLOCK=128, BITS=4, GROUP=32, BLOCK_G=4, BLOCK_C=32, BLOCK_B=64,
+                                 STASH=True))
 """
 
 
 @pytest.mark.triton_interpret
-def test_the_products_compile_for_a_gpu_that_is_not_here(tmp_path):
+def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path):
     lines = compile_only(COMPILED, tmp_path)
-    assert len(lines) == 3
+    assert len(lines) == 4
     assert all(int(shared) <= 99 * 1024 for (shared,) in lines)
 
 

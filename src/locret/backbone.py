@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +93,8 @@ class Rope:
         self.length = 0
         self.grow(length)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def grow(self, length: int) -> None:
         """Make positions up to `length` - 1 available."""
         if length <= self.length:
@@ -165,6 +168,7 @@ class Backbone:
         self.model = model
         self.tokenizer = tokenizer
         self._depth = 0
+        self._ropes: WeakValueDictionary[int, Rope] = WeakValueDictionary()
         base: Any = model.base_model
         rotary = getattr(base, "rotary_emb", None)
         if not isinstance(rotary, nn.Module):
@@ -271,8 +275,16 @@ class Backbone:
         }
 
     def rope(self, length: int, prompt_len: int) -> Rope:
-        """Rotation tables for positions below `length`, frequencies chosen for a prompt of `prompt_len` tokens."""
-        return Rope(self, length, prompt_len)
+        """Rotation tables for positions below `length`, frequencies chosen for a prompt of `prompt_len` tokens.
+
+        Whoever asks for the same prompt length while others still use theirs gets the same tables: they only grow.
+        """
+        rope = self._ropes.get(prompt_len)
+        if rope is None:
+            with torch.inference_mode(False), torch.no_grad():  # whoever has them next may want gradients
+                rope = self._ropes[prompt_len] = Rope(self, length, prompt_len)
+        rope.grow(length)
+        return rope
 
     def run(self, input_ids: Tensor, context: LayerContext, *, logits: int = 1) -> Tensor | None:
         """One forward pass. input_ids [B, T]; returns the logits of the last `logits` tokens, [B, logits, V].

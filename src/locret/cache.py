@@ -395,6 +395,15 @@ class LayerCache:
         assert self.newest is not None, "KVCache.append notes it"
         return units.settled(self.newest, self.heads, heads, self._queries)
 
+    def revisit(self) -> dict[str, Tensor]:
+        """The held units' tensors by name, for an eviction between two passes: `keep` is to follow."""
+        held = self.slab[slice(0, self.held)]
+        if isinstance(held, Units):
+            self._beside = held[slice(0, 0)]  # nothing is new: what stays moves up in place
+        else:
+            self._source = held
+        return held.tensors()
+
     @property
     def heads(self) -> int:
         return self.slab.tensors()["score"].shape[1]
@@ -404,8 +413,8 @@ class LayerCache:
         return 0 if self._beside is None else compact_scratch(self._columns(self._beside), keep)
 
     def _columns(self, new: Units) -> list[Column]:
-        slab, theirs = self.slab.tensors(), new.tensors()
-        return [Column(mine[:, :, : self.held], theirs[name], mine) for name, mine in slab.items() if mine.numel()]
+        slab, theirs = self.slab.tensors(), new.tensors() if len(new) else {}
+        return [Column(mine[:, :, : self.held], theirs.get(name), mine) for name, mine in slab.items() if mine.numel()]
 
     def _done(self, held: int) -> None:
         self.held, self._source, self._joined, self._beside, self._queries = held, None, None, None, None

@@ -1,123 +1,41 @@
-"""Decode steps as one replayed CUDA graph: fixed slots at fixed addresses, nothing decided on the host.
+"""The decode steps of one reader: replayed (`step.Step`), and what they leave out done later, for many at once.
 
-In a cache of fixed size every decode step is the same work at the same addresses; only how many units a layer holds
-differs, and that is read on the device. So a step is captured once and then replayed: one launch for the whole model.
-
-    in the graph      append k, v behind the units; attend over the slots in use; count up
-    on the host       count along; when the budget is full, one ordinary step, which evicts
+    in the step       append k, v behind the units; attend over the slots in use; count up
+    on the host       count along; when the budget is exceeded, evict (`Reader.evict`)
     seldom, `flush`   scores, positions and flags of the units since the last time, all at once
 
 That scores may wait is a property of the method: each unit's depends on its own token only (`Method.per_token`), so
-the queries are stashed until then. Other methods, layers with windows, units stored as codes and evicted caches under
+the queries are stashed until then. Methods that score all units anew when they evict (`Method.memoryless`) stash
+nothing. Other methods, layers with windows, units in stores other than 8- and 4-bit codes and evicted caches under
 original positions take ordinary steps.
 
-`Step` is the step itself, of rows whose units lie anywhere; `StepGraph` are the steps of one reader, whose rows lie
-together. Rows of many readers: `slots`.
+Rows of many readers: `slots`.
 
-Shapes: B rows, L layers, Hq/Hkv heads, R stashed steps, D head dim, V vocabulary.
+Shapes: B rows, L layers, Hkv heads, R stashed steps, D head dim, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from locret.backbone import AttentionCall, Backbone, Rope
-from locret.cache import KVCache, LayerCache, Units
-from locret.kernels.append import append
-from locret.kernels.decode_attention import Angles, Span, decode_attention
-from locret.kernels.scattered import Scattered
+from locret.backbone import Backbone
+from locret.cache import KVCache, LayerCache, Packed, Units
+from locret.kernels.decode_attention import Slab
+from locret.kernels.scattered import STRETCH, Scattered, addresses
 from locret.methods.base import ChunkView, Method
 from locret.select import finite
+from locret.step import Slabs, Stash, Step, can_capture, codes, reads_tables, take
+from locret.storage import Affine
 
 if TYPE_CHECKING:
     from locret.prefill import Reader
 
 MOST_STASHED = 64
-Slabs = Callable[[int], "tuple[Tensor | Scattered, Tensor | Scattered]"]  # K and V of a layer, [B, Hkv, S, D] each
-
-
-class Step:
-    """One decode step of B rows, in buffers whose addresses never change.
-
-    Everything that differs from step to step and from row to row is in `state`, int64 [4 L + 2, B, Hkv]:
-
-        tables   [2 L]  addresses of the heads' slabs, K of all layers and then V (`Scattered`); 0 if rows lie together
-        at       [L]    the slot of the next unit
-        stop     [L]    the one behind it
-        slot            of the stash
-        advance         what a step adds to at, stop and slot: 1; 0 for a row that stands idle
-
-    Args:
-        stashed: R; 0: nothing is scored.
-        capture: replay a CUDA graph; False: run the same step kernel by kernel (on a CPU, and for tests).
-    """
-
-    def __init__(self, backbone: Backbone, rows: int, stashed: int, slabs: Slabs, *, capture: bool) -> None:
-        layers, heads, device = backbone.num_layers, backbone.num_kv_heads, backbone.device
-        self._backbone, self._slabs, self._capture = backbone, slabs, capture
-        self._tokens = torch.zeros(rows, 1, dtype=torch.int64, device=device)
-        self.state = torch.zeros(4 * layers + 2, rows, heads, dtype=torch.int64, device=device)
-        self.tables, self._counters, self._advance = self.state.split([2 * layers, 2 * layers + 1, 1])
-        self._at, self._stop, slot = self._counters.split([layers, layers, 1])
-        self._slot = slot[0]
-        self.stash: Tensor | None = None
-        if stashed:
-            self.stash = torch.zeros(layers, rows, backbone.num_q_heads, stashed, backbone.head_dim,
-                                     dtype=backbone.dtype, device=device)  # fmt: skip
-        self._angles: list[Angles | None] = []
-        self._seen: list[int] = []  # addresses that the captured graph has in it
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._logits: Tensor | None = None
-
-    def prepare(self, rope: Rope, seen: Sequence[int]) -> None:
-        """A new capture if the rotation tables, or what the caller has `seen`, are not what they were."""
-        self._angles = [rope.angles(layer) for layer in range(self._backbone.num_layers)]
-        now = [*seen, *(angles.cos.data_ptr() for angles in self._angles if angles is not None)]
-        if self._capture and now != self._seen:
-            self._record()
-        self._seen = now
-
-    def run(self, tokens: Tensor) -> Tensor:
-        """Read one token a row, [B]; returns logits [B, V] in memory that the next run may write over."""
-        self._tokens.copy_(tokens[:, None])
-        if self._graph is not None:
-            self._graph.replay()
-        else:
-            self._logits = self._forward()
-        assert self._logits is not None
-        return self._logits
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
-        """The `LayerContext` of a step."""
-        keys, values = self._slabs(layer)
-        append(q, k, v, keys, values, self._at[layer], None if self.stash is None else self.stash[layer], self._slot)
-        return decode_attention(
-            q, keys, values, scale=call.scale, span=Span(stop=self._stop[layer]), angles=self._angles[layer],
-            softcap=call.softcap,
-        )  # fmt: skip
-
-    def _forward(self) -> Tensor:
-        logits = self._backbone.run(self._tokens, self)
-        self._counters.add_(self._advance)
-        assert logits is not None
-        return logits[:, -1]
-
-    def _record(self) -> None:
-        before = self._counters.clone()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self._forward()  # compiles; what it writes, the first replay writes over
-        torch.cuda.current_stream().wait_stream(side)
-        self._counters.copy_(before)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._logits = self._forward()
-        self._graph = graph  # only now: a capture that fails, such as for want of memory, leaves the old one
 
 
 class StepGraph:
@@ -128,11 +46,13 @@ class StepGraph:
         self._backbone, self._method = reader.backbone, reader.method
         self._cache = cache = reader.cache
         self._rope = reader.rope
-        scored = reader.method.evicts and reader.plan.budget is not None
+        scored = reader.method.evicts and reader.method.per_token and reader.plan.budget is not None
         stashed = min(reader.plan.decode_interval, MOST_STASHED) if scored else 0
-        self._step = Step(reader.backbone, cache.batch, stashed, _dense(cache), capture=capture)
+        kind = (cache.batch, stashed, codec_of(cache.layers[0]))
+        self._step = take(reader.backbone, kind, owner=self) if capture else Step(reader.backbone, *kind, capture=False)
         if self._step.stash is not None:
             cache.note_scratch(self._step.stash.nbytes)
+        self._by_address = kind[2] is None and (not capture or reads_tables(reader.backbone))
         self._pending = 0
         # whether all scores since the last `flush` are finite
         self._good = torch.ones((), dtype=torch.bool, device=reader.backbone.device)
@@ -146,13 +66,13 @@ class StepGraph:
         return cls(reader, capture=capture) if alike(reader) else None
 
     def room(self) -> bool:
-        """Whether every slab takes one more unit without an eviction."""
+        """Whether every slab takes one more unit."""
         return room(self._cache)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Read one token a row, [B]; returns logits [B, V]."""
-        if self._step.stash is not None and self._pending == self._step.stash.shape[3]:
-            self._write()
+        if self._step.stash is not None and self._pending == len(self._step.stash):
+            self.write()
         if self._stale:
             self._refresh()
         logits = self._step.run(tokens).clone()  # the next replay writes over it
@@ -169,44 +89,53 @@ class StepGraph:
 
     @torch.inference_mode()
     def flush(self) -> bool:
-        """Write what the steps left out. Returns whether all scores since the last time are finite; waits for that."""
-        self._write()
+        """`write`, and whether all scores since the last time are finite; waits for that."""
+        self.write()
         good = bool(self._good)
         self._good.fill_(True)
         return good
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Scores, positions and flags of the units that steps added. Waits for nothing."""
         written, self._pending, self._stale = self._pending, 0, True
         self._good &= write(self._backbone, self._method, self._cache, written, self._step.stash)
 
     def _refresh(self) -> None:
-        """Counters from the cache; a new capture if its slabs lie elsewhere than the graph thinks."""
-        layers = self._cache.layers
-        self._step.state.copy_(row_state(self._cache, self._pending)[:, None], non_blocking=True)
+        """Counters and addresses from the cache; a new capture if the last one was made for others."""
+        slabs = _slabs(self._cache)
+        sizes = [-(-len(held.slab) // STRETCH) * STRETCH for held in self._cache.layers]  # few, for few captures
+        self._rope.grow(max(sizes) + 1)
+        tables, seen = None, sizes
+        if self._by_address:
+            plain = [slab for slab in slabs if isinstance(slab, Tensor)]
+            tables = addresses(plain).unflatten(0, (len(plain), -1))
+            slabs = [
+                Scattered(slab.split(1), table, slots, stretch=None)
+                for slab, table, slots in zip(plain, self._step.tables, [*sizes, *sizes], strict=True)
+            ]
+        else:
+            seen = [x.data_ptr() for held in self._cache.layers for x in _numbers(held.slab)]
+        self._step.state.copy_(row_state(self._cache, self._pending, tables), non_blocking=True)
+        self._step.prepare(self._backbone, self._rope, _pairs(slabs), seen)
         self._stale = False
-        self._rope.grow(max(len(held.slab) for held in layers) + 1)
-        self._step.prepare(self._rope, [held.slab.tensors()["k"].data_ptr() for held in layers])
 
 
 def alike(reader: Reader) -> bool:
     """Whether this reader's decode steps are all the same work."""
     backbone, plan = reader.backbone, reader.plan
-    if reader.method.evicts and not reader.method.per_token:
+    if reader.method.evicts and not (reader.method.per_token or reader.method.memoryless):
         return False
     if any(not _plain(held) for held in reader.cache.layers) or getattr(reader.method, "wants_hidden", False):
+        return False
+    if len({codec_of(held) for held in reader.cache.layers}) > 1:
         return False
     if plan.positions == "original" and plan.budget is not None:
         return False
     return all(reader.rope.angles(i) is not None or not spec.rotated for i, spec in enumerate(backbone.layers))
 
 
-def can_capture(backbone: Backbone) -> bool:
-    """Under tensor parallelism a step talks to other processes; transformers' modules may wait for the device."""
-    return backbone.fused is not None and backbone.device.type == "cuda" and backbone.shard.size == 1
-
-
 def room(cache: KVCache) -> bool:
-    """Whether every slab takes one more unit without an eviction."""
+    """Whether every slab takes one more unit."""
     return all(held.held < len(held.slab) for held in cache.layers)
 
 
@@ -218,45 +147,73 @@ def count(cache: KVCache, steps: int) -> None:
 
 
 def row_state(cache: KVCache, pending: int, tables: Tensor | None = None) -> Tensor:
-    """A row of `Step.state` for a cache whose last `pending` units are stashed, [4 L + 2, Hkv], on the host."""
-    heads = cache.layers[0].heads
-    held = [layer.held for layer in cache.layers]
-    numbers = torch.tensor([*held, *(n + 1 for n in held), pending, 1])[:, None].expand(-1, heads)
-    return torch.cat((torch.zeros(2 * len(held), heads, dtype=torch.int64) if tables is None else tables, numbers))
+    """`Step.state` of the rows of a cache whose last `pending` units are stashed, int64 on the host, [4 L + 2, B, Hkv].
+
+    tables: `addresses` of its slabs, [2 L, B, Hkv]; None: nobody looks for them there.
+    """
+    held, rows = [layer.held for layer in cache.layers], (cache.batch, cache.layers[0].heads)
+    numbers = torch.tensor([*held, *(n + 1 for n in held), pending, 1])[:, None, None].expand(-1, *rows)
+    none = torch.zeros(2 * len(held), *rows, dtype=torch.int64)
+    return torch.cat((none if tables is None else tables, numbers))
 
 
-def write(backbone: Backbone, method: Method, cache: KVCache, pending: int, stash: Tensor | None) -> Tensor:
+def write(backbone: Backbone, method: Method, cache: KVCache, pending: int, stash: Stash | None) -> Tensor:
     """Scores, positions and flags of the pending units, the last ones of every layer.
 
     Args:
-        stash: their queries, [L, B, Hq, R, D]; None: they are not scored.
+        stash: what they are scored by; None: they are not.
     Returns: whether all scores are finite, bool [], on the device.
     """
-    good, seen = torch.ones((), dtype=torch.bool, device=backbone.device), cache.seen
-    for layer, held in enumerate(cache.layers if pending else []):
-        units = held.slab[slice(held.held - pending, held.held)].units()
-        units.position.copy_(torch.arange(seen - pending, seen, device=units.position.device))
-        units.protected.fill_(False)
-        units.state.zero_()
-        units.score.zero_()
-        if stash is not None:
-            scale = backbone.calls[layer].scale
-            view = ChunkView(layer, stash[layer][:, :, :pending], units.k, units.v, seen - pending, scale)
-            units.score.copy_(method.score(view))
-            good &= finite(units.score).to(good.device)
-    return good
+    if not pending:
+        return torch.ones((), dtype=torch.bool, device=backbone.device)
+    first = cache.seen - pending
+    at, sound = torch.arange(first, cache.seen, device=backbone.device), list[Tensor]()
+    for layer, held in enumerate(cache.layers):  # few launches a layer: the device waits for them
+        units = held.slab[slice(held.held - pending, held.held)].tensors()
+        units["position"].copy_(at)
+        units["protected"].zero_()
+        if units["state"].numel():
+            units["state"].zero_()
+        if stash is None:
+            units["score"].zero_()
+            continue
+        q, *exact = (x[:, :, :pending] for x in stash.layer(layer))
+        k, v = exact or (units["k"], units["v"])
+        scores = method.score(ChunkView(layer, q, k, v, first, backbone.calls[layer].scale))
+        units["score"].copy_(scores)
+        sound.append(torch.linalg.vector_norm(scores, math.inf).to(at.device))
+    return finite(torch.stack(sound) if sound else at)
 
 
-def _dense(cache: KVCache) -> Slabs:
-    """The slabs of one cache, wherever they lie by then."""
+def codec_of(held: LayerCache) -> Affine | None:
+    """How a layer's slab is quantised; None: not at all, or in another way."""
+    store = held.slab.store if isinstance(held.slab, Packed) else None
+    return store.k if store is not None and isinstance(store.k, Affine) and store.k == store.v else None
 
-    def slabs(layer: int) -> tuple[Tensor, Tensor]:
-        slab = cache.layers[layer].slab
-        assert isinstance(slab, Units)
-        return slab.k, slab.v
 
-    return slabs
+def _slabs(cache: KVCache) -> list[Slab]:
+    """K of all layers and then V, wherever they lie by now."""
+
+    def of(held: LayerCache, name: str) -> Slab:
+        stored, codec = getattr(held.slab, name), codec_of(held)
+        return stored if codec is None else codes(stored, codec)
+
+    return [of(held, name) for name in ("k", "v") for held in cache.layers]
+
+
+def _pairs(slabs: Sequence[Slab]) -> Slabs:
+    layers = len(slabs) // 2
+    return lambda layer: (slabs[layer], slabs[layer + layers])
+
+
+def _numbers(slab: Units | Packed) -> list[Tensor]:
+    """What K and V consist of."""
+    return [x for name, x in slab.tensors().items() if name.split(".")[0] in ("k", "v")]
 
 
 def _plain(held: LayerCache) -> bool:
-    return type(held) is LayerCache and held.window is None and isinstance(held.slab, Units)
+    """Whether units lie in slots of a slab, as they are or in codes that kernels read."""
+    if type(held) is not LayerCache or held.window is not None:
+        return False
+    codec = codec_of(held)
+    return isinstance(held.slab, Units) or (codec is not None and codec.bits in (8, 4) and codec.fit == "minmax")

@@ -1,7 +1,7 @@
 """What a chunk's queries attend to, reduced to a number per unit: the one place where methods get attention from.
 
 Attention weights of C queries over S units are never all there at once: they are computed for a block of query rows,
-reduced, and thrown away. A block takes at most `_ELEMENTS` numbers however long the prompt is.
+reduced, and thrown away. A block takes at most `_ELEMENTS` numbers a sequence however long the prompt is.
 
 Shapes: B batch, C chunk, S units (the last C are the chunk's own), Hq/Hkv heads, G = Hq // Hkv, D head dim.
 """
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_ELEMENTS = 2**22  # of one block of weights: 16 MiB in fp32
+_ELEMENTS = 2**22  # of one block of weights, for each sequence of a batch: 16 MiB in fp32
+_MOST_ELEMENTS = 2**26  # and of all of them together
 _ROWS = 256  # tokens whose logits are read in fp32 at once
 
 
@@ -96,7 +97,7 @@ class AttentionProbe:
     @property
     def _rows(self) -> int:
         b, hq, _, _ = self.q.shape
-        return max(1, _ELEMENTS // (b * hq * self.keys.shape[2]))
+        return max(1, min(b * _ELEMENTS, _MOST_ELEMENTS) // (b * hq * self.keys.shape[2]))
 
     def _logits(self, last: int | None) -> Iterator[tuple[int, Tensor]]:
         c, s, hkv = self.q.shape[2], self.keys.shape[2], self.keys.shape[1]

@@ -28,7 +28,7 @@ from locret.cache import unit_bytes
 from locret.config import CacheConfig, CachePlan
 from locret.errors import BackboneError, ConfigError, HeadsError, unknown
 from locret.methods import Method, find_method
-from locret.prefill import Reader
+from locret.prefill import Reader, spare_units
 from locret.stores import Store, fixed_bytes, layer_stores
 from locret.stores import unit_bytes as stored_bytes
 
@@ -222,7 +222,8 @@ class Footprint:
         workspace: one layer's units with a chunk behind them; one for all sequences.
         scratch: that layer's rotated keys, and what a codec unpacks for its turn.
         rope: rotation tables.
-        units: per layer, the most units that it holds.
+        units: per layer, the most units that it holds between two passes.
+        room: per layer, the units that its slab has room for.
         chunks: the prompt's, in tokens.
     """
 
@@ -232,6 +233,7 @@ class Footprint:
     scratch: int
     rope: int
     units: tuple[int, ...]
+    room: tuple[int, ...]
     chunks: tuple[int, ...]
 
     @property
@@ -257,11 +259,15 @@ def footprint(
         total if window is None and full else window - 1 if window is not None else min(budget, total)
         for window, budget in zip(shape.windows, reader.budgets, strict=True)
     )
+    room = tuple(
+        held if full or window is not None else min(held + spare_units(method), total)
+        for held, window in zip(units, shape.windows, strict=True)
+    )
     edges = reader.edges(prompt_len, min(reader.plan.local_window, prompt_len))
     joins = reader.cache.joins or config.storage != "dense" or method.ragged
     joined = max(
-        _most_rotated(held, edges, total, joins=joins or window is not None)
-        for held, window in set(zip(units, shape.windows, strict=True))
+        _most_rotated(held, total if joins or window is not None else slots, edges, total)
+        for held, slots, window in set(zip(units, room, shape.windows, strict=True))
     )
     stores = _stores(shape, config.storage, dtype)
     numbers = 2 * shape.head_dim * dtype.itemsize
@@ -282,7 +288,7 @@ def footprint(
     return Footprint(
         plan=reader.plan, slabs=_slabs(shape, method, reader, stores, dtype), workspace=reader.cache.workspace_bytes,
         scratch=max(scratch, beside),
-        rope=2 * reach * shape.head_dim * dtype.itemsize, units=units,
+        rope=2 * reach * shape.head_dim * dtype.itemsize, units=units, room=room,
         chunks=tuple(stop - start for start, stop in itertools.pairwise(edges)),
     )  # fmt: skip
 
@@ -329,14 +335,14 @@ def _slabs(shape: Shape, method: Method, reader: Reader, stores: list[Store], dt
     return total
 
 
-def _most_rotated(capacity: int, edges: list[int], total: int, *, joins: bool) -> int:
+def _most_rotated(capacity: int, room: int, edges: list[int], total: int) -> int:
     """Units whose rotated keys lie in scratch at the moment when a layer has most of them.
 
-    joins: a chunk that overflows a slab is joined with its units; otherwise one part is rotated at a time.
+    room: with more than so many, a chunk stays beside the slab, and the keys of one part are rotated at a time.
     """
 
     def rotated(old: int, new: int) -> int:
-        return old + new if joins or old + new <= capacity else max(old, new)
+        return old + new if old + new <= room else max(old, new)
 
     prefill = max(rotated(min(start, capacity), stop - start) for start, stop in itertools.pairwise(edges))
     return max(prefill, rotated(min(total - 2, capacity), 1))
@@ -520,7 +526,7 @@ def _plan(
              f"{shape.parameters:,} parameters" + (f" + {heads:,} of retaining heads" if heads else "")
              + f" x {size} B"),
         Item("KV cache", users * (one.slabs + one.rope),
-             f"{users:,} users x ({_units_text(one.units)} units x {shape.num_kv_heads} KV heads x {kept} "
+             f"{users:,} users x ({_units_text(one.room)} units x {shape.num_kv_heads} KV heads x {kept} "
              f"= {one.slabs:,}, + rotation tables {one.rope:,})"),
         Item("workspace", one.workspace,
              f"({widest:,} units + chunk {chunk:,}) x {shape.num_kv_heads} KV heads x {dense} B, one for all layers"

@@ -93,6 +93,7 @@ class Reader:
             fixed += budgeted * (config.chunk_size or 3072)
         if method.ragged:
             fixed += windows.count(None) * heads * 8  # their lengths
+        fixed += budgeted * spare_units(method)
         plan = config.resolve(prompt_len=prompt_len, unit_bytes=budgeted or max(each), fixed_bytes=fixed,
                               num_protected=num_protected)  # fmt: skip
         if not method.evicts:
@@ -119,7 +120,8 @@ class Reader:
         initial = total or prompt_len or 0
         windows = [layer.window for layer in backbone.layers]
         budgets = _layer_budgets(method, plan, windows, num_protected)
-        capacity = None if plan.budget is None else [min(budget, total or budget) for budget in budgets]
+        most = [budget + spare_units(method) for budget in budgets]
+        capacity = None if plan.budget is None else [min(units, total or units) for units in most]
         chunk = min(plan.chunk_size, total or plan.chunk_size)
         cache = KVCache(
             windows=windows, batch=batch, num_kv_heads=backbone.num_kv_heads, head_dim=backbone.head_dim,
@@ -196,11 +198,15 @@ class Reader:
         """Decode: read one token a row, [B]; returns logits [B, V].
 
         When the budget is full, one eviction makes room for `decode_interval` steps; the newest units are pinned. On a
-        GPU steps in between are replayed from a graph: call `settle` before reading the cache.
+        GPU steps are replayed from a graph: call `settle` before reading the cache.
         """
         graph = self._step_graph()
         if graph is not None and graph.room():
-            return graph.step(tokens)
+            last = graph.step(tokens)
+            if self.overfull:
+                graph.write()
+                self.evict()
+            return last
         logits = self._run(ChunkPass.of_step(self), tokens[:, None], logits=1)
         self.check_scores()
         assert logits is not None
@@ -208,9 +214,29 @@ class Reader:
 
     @property
     def can_unread(self) -> bool:
-        """Whether `unread` could take back a `step` now."""
+        """Whether `unread` could take back a `step` now: not one that evicts."""
         graph = self._step_graph()
-        return graph is not None and graph.room()
+        full = self.plan.budget is not None and any(
+            held.held >= budget for held, budget in zip(self.cache.layers, self.budgets, strict=True)
+        )
+        return graph is not None and graph.room() and not full
+
+    @property
+    def overfull(self) -> bool:
+        """Whether a replayed step has put a unit into the spare slot, so that `evict` is due."""
+        return self.plan.budget is not None and any(
+            held.held > budget for held, budget in zip(self.cache.layers, self.budgets, strict=True)
+        )
+
+    def evict(self) -> None:
+        """What an ordinary step does at its end, after a replayed one: layers above their budget are cut back.
+
+        The units' scores must be there (`StepGraph.write`). Waits for nothing.
+        """
+        step = ChunkPass.of_step(self)
+        for layer, held in enumerate(self.cache.layers):
+            if held.held > self.budgets[layer]:
+                step.evict_by_scores(layer)
 
     def unread(self) -> None:
         """Take back the last `step`: the token is not in the cache any more."""
@@ -265,7 +291,8 @@ class Reader:
         """Whether chunks are all the same work from now on: every layer is full, and positions decide nothing."""
         layers = zip(self.cache.layers, self.budgets, strict=True)
         same = self.method.evicts and self.method.replayable and not self.cache.joins and can_capture(self.backbone)
-        return same and alike(self) and all(held.held == len(held.slab) == budget for held, budget in layers)
+        full = all(isinstance(held.slab, Units) and held.held == budget for held, budget in layers)
+        return same and full and alike(self)
 
     def _replay(self, ids: Tensor) -> Replay:
         """Of chunks like ids [B, C], while `_is_steady`."""
@@ -339,7 +366,7 @@ class ChunkPass:
             if method.rescoring or method.reduces:
                 ahead = functools.partial(self._ahead, layer, len(units))
                 view = dataclasses.replace(view, joined=Joined(units, keys, probe, ahead))
-            if method.rescoring:
+            if method.rescoring and (not method.memoryless or self._exceeds(held, layer, len(units))):
                 units.score.copy_(method.score(view))
             scratch += self._evict(held, units, view) + probe.scratch_bytes
         self.cache.note_scratch(scratch)
@@ -358,7 +385,7 @@ class ChunkPass:
         before, scale = held.held, view.scale
         new = self._new_units(view.k, view.v, self.reader.method.score(view))
         old = held.beside(new)
-        keep = self._keep(view, old, new)
+        keep = self._keep(view, *(Candidates(x.score, x.position, x.protected) for x in (old, new)))
         turn = self._turning(held, view, [old, new], None)
         q = self._turned(held, view, turn, before)
         own = chunk_attention(q, turn(new.k, before), new.v, scale=scale)
@@ -369,19 +396,32 @@ class ChunkPass:
             held.keep(keep)
         return out
 
-    def _keep(self, view: ChunkView, old: Units, new: Units) -> Tensor:
+    def _keep(self, view: ChunkView, old: Candidates, new: Candidates) -> Tensor:
         """Indices of the units that stay, of old and new ones, [B, Hkv, b]."""
         method, target = self.reader.method, self._target(view.layer)
-        first, second = (Candidates(units.score, units.position, units.protected) for units in (old, new))
         pins = dict(num_sinks=self.plan.num_sinks, num_newest=self.newest)
         if _chooses(method):  # here and now: it may look at queries, which are rotated in place next
             self._note(new.score)
-            score, pinned = candidates(first, second, **pins)
+            score, pinned = candidates(old, new, **pins)
             return method.select(score, target, pinned, view)
-        with self.aside.run(new.k.device, new):
-            keep, sound = kept_beside(first, second, target, **pins)
+        with self.aside.run(new.score.device, new):
+            keep, sound = kept_beside(old, new, target, **pins)
             self.sound.append(sound)
         return keep
+
+    def evict_by_scores(self, layer: int) -> None:
+        """Cut a layer back to its target by the scores that its units have."""
+        held = self.cache.layers[layer]
+        units = held.revisit()
+        nothing = units["score"].new_empty(0)  # whoever scores by the token alone chooses by scores alone
+        view = ChunkView(layer, nothing, nothing, nothing, self.start, 1.0)
+        old, new = (
+            Candidates(*(units[name][:, :, part] for name in Candidates._fields))
+            for part in (slice(0, -1), slice(-1, None))
+        )
+        keep = self._keep(view, old, new)
+        self.cache.note_scratch(held.compact_bytes(keep.shape[-1]))
+        held.keep(keep)
 
     def _target(self, layer: int) -> int:
         """Units that an eviction leaves in a layer."""
@@ -503,19 +543,21 @@ class ChunkPass:
         else:
             held.settle()
 
+    def _exceeds(self, held: LayerCache, layer: int, appended: int) -> bool:
+        """Whether a layer with so many `appended` units, padding included, is cut back."""
+        if self.plan.budget is None or self.target is None:
+            return False
+        return appended - (held.width - held.held) > self.reader.budgets[layer]
+
     def _evict(self, held: LayerCache, units: Units, view: ChunkView) -> int:
         """Cut a layer back to its budget; returns the bytes of the units that were made of others meanwhile."""
         method = self.reader.method
         if method.evicts:
             self._note(units.score)
-        if self.plan.budget is None or self.target is None:
+        if not self._exceeds(held, view.layer, len(units)):
             held.settle()
             return 0
-        budget, padding = self.reader.budgets[view.layer], held.padding
-        total = len(units) if padding is None else held.held + len(units) - held.width
-        if total <= budget:
-            held.settle()
-            return 0
+        padding = held.padding
         target = self._target(view.layer)
         pinned = pin(units.protected, num_sinks=self.plan.num_sinks, num_newest=self.newest, positions=units.position)
         scores = units.score
@@ -531,6 +573,11 @@ class ChunkPass:
             units.state[..., method.state.index(BIAS)] = merged.bias
         held.keep(keep)
         return merged.k.nbytes + merged.v.nbytes
+
+
+def spare_units(method: Method) -> int:
+    """Units of a slab beyond the budget: a replayed step writes its unit before anybody is evicted for it."""
+    return int(method.evicts and method.per_token)
 
 
 def _joins(backbone: Backbone, method: Method) -> bool:

@@ -1,8 +1,8 @@
 """The decode steps of many requests as one: a row of `graph.Step` each, and rows come and go without a new capture.
 
 Every reader keeps its own cache. Which slabs a row reads and writes stands in a table on the device; entering, leaving
-and stepping aside change one row of it. A row that nobody has, or whose request evicts in this round, stands idle: it
-works on a slab of one unit, and nobody looks at what comes out.
+and evicting change one row of it. A row that nobody has, or whose request waits in this round, stands idle: it works on
+a slab of one unit, and nobody looks at what comes out. Caches that hold codes take no row.
 
 What a row gets does not depend on the others: products have one shape, whoever is there; attention cuts every row at
 the same slots; scores are written a row at a time, when its own stash is full.
@@ -19,12 +19,11 @@ from torch import Tensor
 
 from locret.backbone import Backbone, Rope, model_length
 from locret.cache import Units
-from locret.graph import MOST_STASHED, Step, alike, can_capture, count, room, row_state, write
-from locret.kernels.decode_attention import MOST_ROWS
+from locret.graph import MOST_STASHED, alike, codec_of, count, room, row_state, write
 from locret.kernels.scattered import Scattered, addresses
-from locret.kernels.switch import use_triton
 from locret.methods.base import Method
 from locret.prefill import Reader
+from locret.step import Step, can_capture, reads_tables
 
 _BLOCK = 1024  # the longest slab that launches are made for is rounded up to these
 
@@ -48,7 +47,7 @@ class SlotsGraph:
         self._filler = torch.zeros((), dtype=torch.int64, device=device)
         self._slabs = [[self._dummy] * rows for _ in range(2 * layers)]  # K of all layers, then V
         self._scattered: list[Scattered] = []
-        self._step = Step(backbone, rows, MOST_STASHED if method.evicts else 0, self._layer, capture=capture)
+        self._step = Step(backbone, rows, MOST_STASHED if method.evicts and method.per_token else 0, capture=capture)
         idle = [*[0] * layers, *[1] * layers, 0, 0]  # at, stop, slot, advance
         self._idle = torch.cat((addresses([self._dummy] * 2 * layers),
                                 torch.tensor(idle)[:, None].expand(-1, backbone.num_kv_heads)))  # fmt: skip
@@ -58,16 +57,17 @@ class SlotsGraph:
         self._readers: list[Reader | None] = [None] * rows
         self._pending = [0] * rows
         self._running: list[bool | None] = [None] * rows  # what the device has; None: to be looked at again
-        self._left = [0] * rows  # steps until a running row's cache is full
         self._good = torch.ones(rows + 1, dtype=torch.bool, device=device)  # the last one stands for no row
 
     @classmethod
     def of(cls, backbone: Backbone, method: Method, rows: int) -> SlotsGraph | None:
         """None where no reader's steps are alike by method or model, or where they cannot be captured on a GPU."""
-        if (method.evicts and not method.per_token) or any(layer.window is not None for layer in backbone.layers):
+        if (method.evicts and not (method.per_token or method.memoryless)) or any(
+            layer.window is not None for layer in backbone.layers
+        ):
             return None
         on_gpu = backbone.device.type != "cpu"
-        if on_gpu and not (can_capture(backbone) and _reads_tables(backbone)):
+        if on_gpu and not (can_capture(backbone) and reads_tables(backbone)):
             return None
         return cls(backbone, method, rows, capture=on_gpu)
 
@@ -75,11 +75,13 @@ class SlotsGraph:
         """Give a reader a row; None: its steps are not like the others'."""
         if reader.cache.batch != 1 or not alike(reader) or not self._same_angles(reader.rope):
             return None
+        if any(codec_of(held) is not None for held in reader.cache.layers):
+            return None
         row = self._readers.index(None)
         self._readers[row], self._pending[row] = reader, 0
         self._good[row].fill_(True)
         if self._step.stash is not None:
-            reader.cache.note_scratch(self._step.stash[:, row].nbytes)
+            reader.cache.note_scratch(self._step.stash.row(row).nbytes)
         return row
 
     def leave(self, row: int) -> None:
@@ -89,16 +91,17 @@ class SlotsGraph:
             slabs[row] = self._dummy
 
     def room(self, row: int) -> bool:
-        """Whether the row's cache takes one more unit without an eviction."""
-        return self._left[row] > 0 if self._running[row] else room(self._reader(row).cache)
+        """Whether the row's cache takes one more unit."""
+        return room(self._reader(row).cache)
 
     def step(self, tokens: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """Read one token, int64 [] on the device, in each of some rows that have `room`. Waits for nothing.
+        """Read one token, int64 [] on the device, in each of some rows that have `room`; whoever is above its budget
+        then evicts. Waits for nothing.
 
         Returns: logits [1, V] of these rows, in memory that the next step writes over.
         """
         for row, reader in enumerate(self._readers):
-            full = self._step.stash is not None and self._pending[row] == self._step.stash.shape[3]
+            full = self._step.stash is not None and self._pending[row] == len(self._step.stash)
             if reader is not None and (full or row not in tokens):
                 self.settle(row)
             if self._running[row] != (row in tokens):
@@ -107,8 +110,11 @@ class SlotsGraph:
         logits = self._step.run(torch.stack([tokens.get(row, self._filler) for row in range(len(self._readers))]))
         for row in tokens:
             self._pending[row] += 1
-            self._left[row] -= 1
             count(self._reader(row).cache, 1)
+            if self._reader(row).overfull:
+                self.settle(row)
+                self._reader(row).evict()
+                self._running[row] = None
         return {row: logits[row : row + 1] for row in tokens}
 
     def settle(self, row: int) -> None:
@@ -116,7 +122,7 @@ class SlotsGraph:
         reader, pending = self._reader(row), self._pending[row]
         if not pending:
             return
-        stash = None if self._step.stash is None or reader.plan.budget is None else self._step.stash[:, row : row + 1]
+        stash = None if self._step.stash is None or reader.plan.budget is None else self._step.stash.row(row)
         self._good[row] &= write(self._backbone, self._method, reader.cache, pending, stash)
         self._pending[row], self._running[row] = 0, None
 
@@ -142,8 +148,7 @@ class SlotsGraph:
             held = [layer.slab for layer in cache.layers]
             slabs = [slab.k for slab in held if isinstance(slab, Units)]
             slabs += [slab.v for slab in held if isinstance(slab, Units)]
-            numbers = row_state(cache, self._pending[row], tables=addresses(slabs))
-            self._left[row] = min(len(layer.slab) - layer.held for layer in cache.layers)
+            numbers = row_state(cache, self._pending[row], addresses(slabs)[:, None])[:, 0]
             self._longest = max(self._longest, *(slab.shape[2] for slab in slabs))
         for own, slab in zip(self._slabs, slabs, strict=True):
             own[row] = slab
@@ -158,7 +163,7 @@ class SlotsGraph:
         self._rope.grow(wanted + 1)
         tables = self._step.tables
         self._scattered = [Scattered(slabs, table, wanted) for slabs, table in zip(self._slabs, tables, strict=True)]
-        self._step.prepare(self._rope, [wanted])
+        self._step.prepare(self._backbone, self._rope, self._layer, [wanted])
         self._reached = wanted
 
     def _same_angles(self, rope: Rope) -> bool:
@@ -173,11 +178,3 @@ class SlotsGraph:
                 if not torch.equal(a[:shared], b[:shared]):
                     return False
         return True
-
-
-def _reads_tables(backbone: Backbone) -> bool:
-    """Whether kernels find the rows. The torch paths go by the list of slabs: a capture would never see it change."""
-    like = torch.empty(0, dtype=backbone.dtype, device=backbone.device)
-    groups = backbone.num_q_heads // backbone.num_kv_heads
-    fits = groups <= MOST_ROWS and backbone.dtype != torch.float64
-    return fits and use_triton("append", like) and use_triton("decode_attention", like)

@@ -395,3 +395,14 @@ def test_a_unit_that_is_scored_alone_scores_the_same_among_others(name):
     together = method.score(ChunkView(1, *parts, 40, 0.3))
     alone = [method.score(ChunkView(1, *(part[:, :, t : t + 1] for part in parts), 40 + t, 0.3)) for t in range(9)]
     torch.testing.assert_close(torch.cat(alone, 2), together, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if find_method(name).memoryless])
+def test_a_method_without_memory_need_not_be_asked_before_it_evicts(exact, name, monkeypatch):
+    """What `memoryless` promises: steps between two evictions are replayed, and nobody is scored in them."""
+    options = dict(budget=40, chunk_size=16, num_stabilizers=8, local_window=6, decode_interval=7)
+    lazy, reader = run(exact, name, tokens(N + 30), steps=30, **options)
+    monkeypatch.setattr(find_method(name), "memoryless", False)
+    eager, other = run(exact, name, tokens(N + 30), steps=30, **options)
+    torch.testing.assert_close(lazy, eager, rtol=0, atol=0)
+    assert kept(reader) == kept(other)

@@ -465,9 +465,9 @@ def test_expected_attention_counts_its_temporaries(monkeypatch, dtype, num_futur
     monkeypatch.setattr(ExpectedAttention, "score", metered)
     method = ExpectedAttention(num_future=num_future)
     with torch.inference_mode():
-        reader = reader_of(backbone, method, 500, budget=400, chunk_size=128)
-        reader.read(tokens(500))
+        reader = reader_of(backbone, method, 900, budget=400, chunk_size=128)
+        reader.read(tokens(900))
     assert len(seen) > 6
-    for real, told in seen[6:]:
+    for real, told in seen:
         assert real / 2 < told < 2 * real
     assert reader.cache.peak_bytes > reader.cache.nbytes + reader.cache.workspace_bytes + max(t for _, t in seen)

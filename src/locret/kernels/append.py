@@ -35,15 +35,16 @@ def append(
 
         append_triton(q, k, v, k_slab, v_slab, at, stash, slot)
         return
-    _put(k_slab, at, k)
-    _put(v_slab, at, v)
+    put(k_slab, at, k)
+    put(v_slab, at, v)
     if stash is not None:
-        _put(stash, slot.repeat_interleave(q.shape[1] // slot.shape[1], 1), q)
+        put(stash, slot.repeat_interleave(q.shape[1] // slot.shape[1], 1), q)
 
 
-def _put(slab: Tensor | Scattered, at: Tensor, x: Tensor) -> None:
+def put(slab: Tensor | Scattered, at: Tensor, x: Tensor) -> None:
+    """One unit of every row and head, x [B, H, 1, D], to slots at [B, H]."""
     if isinstance(slab, Scattered):
         for row, own in enumerate(slab.slabs):
-            _put(own, at[row : row + 1], x[row : row + 1])
+            put(own, at[row : row + 1], x[row : row + 1])
         return
     slab.scatter_(2, at[..., None, None].expand_as(x), x)

@@ -3,7 +3,9 @@
 `_split`: grid (stretches, B Hkv). The G T query rows of a KV head are one tile of M rows, padded to 16 for the tensor
 cores. Keys come in up to three tiles, so that nothing is shuffled between lanes: the first and the second channels of
 RoPE's pairs, and the channels that are not rotated; values in two halves. With 4 bits a byte holds a code of either
-half and is loaded once. Maximum and sum are kept in base 2; every stretch leaves its output and log-sum in fp32.
+half. Maximum and sum are kept in base 2; every stretch leaves its output and log-sum in fp32.
+
+`_split_codes` (`decode_codes_triton`): in its place for the codes of most models in bfloat16.
 
 `_merge`: grid (B Hq T). Stretches are weighted by their share of the sum; one without visible slots weighs nothing.
 """
@@ -23,11 +25,11 @@ import triton.language as tl
 from torch import Tensor
 
 from locret.kernels.decode_attention import Angles, Codes, Slab, Span
+from locret.kernels.decode_codes_triton import REGISTERS, fits, per_multiprocessor, split_codes, stretch_of
 from locret.kernels.scattered import Scattered
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # its dot multiplies the bits of bf16 as if they were numbers
 LONGEST_STRETCH = 1024
-SCATTERED_STRETCH = 512  # always: where a row is cut must not depend on how long the others are
 
 
 @triton.jit
@@ -63,47 +65,6 @@ def _channels(x_ptr, x_t, scale_ptr, zero_ptr, scale_t, slot, channel, mask, BIT
 
 
 @triton.jit
-def _levels(scale_ptr, zero_ptr, scale_t, slot, high, FIRST: tl.constexpr, GROUPS: tl.constexpr):
-    """Scale and zero of GROUPS groups of some slots, from group FIRST on: two 16-bit numbers in an int32."""
-    at = slot[:, None] * scale_t + FIRST + tl.arange(0, GROUPS)[None, :]
-    mask = (slot < high)[:, None]
-    scale = tl.load(scale_ptr + at, mask=mask, other=0.0).to(tl.int16, bitcast=True).to(tl.int32)
-    zero = tl.load(zero_ptr + at, mask=mask, other=0.0).to(tl.int16, bitcast=True).to(tl.int32)
-    return (scale & 0xFFFF) | (zero << 16)
-
-
-@triton.jit
-def _leveled(codes, levels, KIND: tl.constexpr, GROUP: tl.constexpr):
-    """Codes [slots, groups GROUP] with `_levels` [slots, groups] as numbers, fp32."""
-    rows: tl.constexpr = codes.shape[0]
-    groups: tl.constexpr = codes.shape[1] // GROUP
-    both = levels[:, :, None]
-    if KIND == tl.bfloat16:  # noqa: SIM300
-        scale, zero = (both << 16).to(tl.float32, bitcast=True), (both & -65536).to(tl.float32, bitcast=True)
-    else:
-        scale = both.to(tl.int16).to(KIND, bitcast=True).to(tl.float32)
-        zero = (both >> 16).to(tl.int16).to(KIND, bitcast=True).to(tl.float32)
-    # the bits of 2**23 + code: cheaper than converting, and exact
-    numbers = (codes.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
-    numbers = tl.reshape(numbers, (rows, groups, GROUP)) * scale + zero
-    return tl.reshape(numbers, (rows, groups * GROUP))
-
-
-@triton.jit
-def _halves(x_ptr, x_t, slot, high, a, b, BITS: tl.constexpr):
-    """Codes of both halves of a head, channels a and b, [slots, channels] each."""
-    place = x_ptr + slot[:, None] * x_t
-    mask = (slot < high)[:, None]
-    one = tl.load(place + a[None, :], mask=mask, other=0)
-    if BITS == 4:
-        two = one >> 4
-        one = one & 15
-    else:
-        two = tl.load(place + b[None, :], mask=mask, other=0)
-    return one, two
-
-
-@triton.jit
 def _two_tiles(x_ptr, x_t, scale_ptr, zero_ptr, scale_t, slot, used, a, b, in_a, in_b, BITS: tl.constexpr,
                GROUP: tl.constexpr, BYTES: tl.constexpr):  # fmt: skip
     """Channels a and b of some slots."""
@@ -132,13 +93,12 @@ def _split(
     T: tl.constexpr, G: tl.constexpr, M: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr,
     PAIR_STEP: tl.constexpr, SECOND: tl.constexpr, REST: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, BYTES: tl.constexpr, LEVELS: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, BYTES: tl.constexpr,
     CAPPED: tl.constexpr, UPCAST: tl.constexpr, SCATTERED: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     i, h = head // heads, head % heads
     dot_type = tl.float32 if UPCAST else q_ptr.dtype.element_ty
-    KIND: tl.constexpr = q_ptr.dtype.element_ty if BITS == 0 else k_scale.dtype.element_ty
     first = head * 0
     stop = first + slots
     base = first
@@ -191,26 +151,11 @@ def _split(
     out_two = tl.zeros((M, BLOCK_V), tl.float32)
     low = tl.maximum(tl.program_id(0).to(tl.int64) * stretch, first)
     high = tl.minimum((tl.program_id(0).to(tl.int64) + 1) * stretch, stop)
-    if LEVELS > 0:  # of the first block; every block fetches the next one's, so that none waits for memory
-        slot = low + tl.arange(0, BLOCK_N)
-        k_first, k_second = (_levels(k_scale, k_zero, ks_t, slot, high, 0, LEVELS),
-                             _levels(k_scale, k_zero, ks_t, slot, high, LEVELS, LEVELS))  # fmt: skip
-        v_first, v_second = (_levels(v_scale, v_zero, vs_t, slot, high, 0, LEVELS),
-                             _levels(v_scale, v_zero, vs_t, slot, high, LEVELS, LEVELS))  # fmt: skip
     for start in range(low, high, BLOCK_N):
         slot = start + tl.arange(0, BLOCK_N)
         used = slot < high
-        if LEVELS > 0:
-            ahead = slot + BLOCK_N
-            next_k_first = _levels(k_scale, k_zero, ks_t, ahead, high, 0, LEVELS)
-            next_k_second = _levels(k_scale, k_zero, ks_t, ahead, high, LEVELS, LEVELS)
-            next_v_first = _levels(v_scale, v_zero, vs_t, ahead, high, 0, LEVELS)
-            next_v_second = _levels(v_scale, v_zero, vs_t, ahead, high, LEVELS, LEVELS)
-            one, two = _halves(k_ptr, k_t, slot, high, k_one, k_two, BITS)
-            one, two = _leveled(one, k_first, KIND, GROUP), _leveled(two, k_second, KIND, GROUP)
-        else:
-            one, two = _two_tiles(k_ptr, k_t, k_scale, k_zero, ks_t, slot, used, k_one, k_two, in_one, in_two,
-                                  BITS, GROUP, BYTES)  # fmt: skip
+        one, two = _two_tiles(k_ptr, k_t, k_scale, k_zero, ks_t, slot, used, k_one, k_two, in_one, in_two,
+                              BITS, GROUP, BYTES)  # fmt: skip
         if cos_ptr is not None:
             where = base + slot - first
             one, two = _rotate(one, two, cos_ptr, sin_ptr, table_t, where, pair, used[:, None] & in_one[None, :])
@@ -233,13 +178,8 @@ def _split(
         fade = tl.exp2(most - ground)
         most = new_most
         total = total * fade + tl.sum(weight, 1)
-        if LEVELS > 0:
-            one, two = _halves(v_ptr, v_t, slot, high, v_one, v_two, BITS)
-            one, two = _leveled(one, v_first, KIND, GROUP), _leveled(two, v_second, KIND, GROUP)
-            k_first, k_second, v_first, v_second = next_k_first, next_k_second, next_v_first, next_v_second
-        else:
-            one, two = _two_tiles(v_ptr, v_t, v_scale, v_zero, vs_t, slot, used, v_one, v_two, in_v_one, in_v_two,
-                                  BITS, GROUP, BYTES)  # fmt: skip
+        one, two = _two_tiles(v_ptr, v_t, v_scale, v_zero, vs_t, slot, used, v_one, v_two, in_v_one, in_v_two,
+                              BITS, GROUP, BYTES)  # fmt: skip
         weight = weight.to(dot_type)
         out_one = tl.dot(weight, one.to(dot_type), out_one * fade[:, None], input_precision="ieee")
         out_two = tl.dot(weight, two.to(dot_type), out_two * fade[:, None], input_precision="ieee")
@@ -281,17 +221,23 @@ def _merge(part_ptr, lse_ptr, out_ptr, splits, ROWS: tl.constexpr, DIM: tl.const
 
 @dataclass(frozen=True)
 class Tile:
-    """How `_split` is laid out; results differ in rounding only. benchmarks/kernels.py --sweep tries others."""
+    """How a kernel is laid out; results differ in rounding only. benchmarks/kernels.py --sweep tries others."""
 
     slots: int  # at once
     stretch: int | None = None  # slots of a program; None: by the number of multiprocessors
     warps: int = 4
-    stages: int = 2  # of slots on their way
+    stages: int = 2  # of slots on their way; `_split_codes` always has the next one in registers
+    registers: int = REGISTERS  # of a thread of `_split_codes`
 
 
 def default_tile(dim: int, element_size: int, *, coded: bool = False) -> Tile:
     """At most 16 KB of keys at once; as they are, two further blocks are on their way meanwhile."""
     return Tile(64 if triton.next_power_of_2(dim) * element_size <= 256 else 32, stages=2 if coded else 3)
+
+
+def codes_tile(dim: int) -> Tile:
+    """Of `_split_codes`: what fits its registers."""
+    return Tile(64 if dim <= 128 else 32)
 
 
 def decode_attention_triton(
@@ -307,30 +253,40 @@ def decode_attention_triton(
     v_x, v_scale, v_zero = _parts(v)
     heads, slots = (k.heads, k.slots) if isinstance(k, Scattered) else k_x.shape[1:3]
     rows = num_q // heads * t
-    tile = tile or default_tile(dim, q.element_size(), coded=isinstance(k, Codes))
-    fixed = constants(dim, num_q // heads, t, tile.slots, k, angles)
-    fixed |= dict(CAPPED=softcap is not None, UPCAST=INTERPRETED and q.dtype == torch.bfloat16)
-    fixed |= dict(SCATTERED=isinstance(k, Scattered), ALIGNED=isinstance(k, Scattered) and k.aligned)
-    cut = SCATTERED_STRETCH if isinstance(k, Scattered) else _stretch(slots, batch * heads, tile.slots, q.device)
-    stretch = tile.stretch or cut
+    coded = fits(q, k, v, angles)
+    tile = tile or (codes_tile(dim) if coded else default_tile(dim, q.element_size(), coded=isinstance(k, Codes)))
+    cut = k.stretch if isinstance(k, Scattered) else None
+    if coded:
+        at_once = per_multiprocessor(tile.warps, tile.registers) * _processors(q.device)
+        cut = stretch_of(slots, batch * heads, tile.slots, at_once)
+    stretch = tile.stretch or cut or _stretch(slots, batch * heads, tile.slots, q.device)
     splits = triton.cdiv(slots, stretch)
     part = torch.empty(batch * heads, splits, rows, dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(batch * heads, splits, rows, dtype=torch.float32, device=q.device)
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     q = _rows(q)
-    cos, sin = (None, None) if angles is None else (_rows(angles.cos), _rows(angles.sin))
     bias = None if bias is None else _rows(bias)
-    first, stop, position = (
-        None if x is None else x.contiguous() for x in (span.first_unit, span.stop, span.first_position)
-    )
-    _split[(splits, batch * heads)](
-        q, k_x, v_x, k_scale, k_zero, v_scale, v_zero, cos, sin, first, stop, position, bias, part, lse,
-        slots, stretch, heads, scale, softcap or 0.0,
-        *q.stride()[:3], *_steps(k, k_x), *_steps(v, v_x), *_strides(k_scale), *_strides(v_scale),
-        *((0, 0) if bias is None else bias.stride()[:2]), 0 if cos is None else cos.stride(0),
-        **fixed, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    if coded:
+        assert isinstance(k, Codes)
+        assert isinstance(v, Codes)
+        shape = (tile.slots, tile.warps, tile.registers)
+        split_codes(q, k, v, scale, span, angles, softcap, bias, part, lse, stretch, *shape)
+    else:
+        fixed = constants(dim, num_q // heads, t, tile.slots, k, angles)
+        fixed |= dict(CAPPED=softcap is not None, UPCAST=INTERPRETED and q.dtype == torch.bfloat16)
+        fixed |= dict(SCATTERED=isinstance(k, Scattered), ALIGNED=isinstance(k, Scattered) and k.aligned)
+        cos, sin = (None, None) if angles is None else (_rows(angles.cos), _rows(angles.sin))
+        first, stop, position = (
+            None if x is None else x.contiguous() for x in (span.first_unit, span.stop, span.first_position)
+        )
+        _split[(splits, batch * heads)](
+            q, k_x, v_x, k_scale, k_zero, v_scale, v_zero, cos, sin, first, stop, position, bias, part, lse,
+            slots, stretch, heads, scale, softcap or 0.0,
+            *q.stride()[:3], *_steps(k, k_x), *_steps(v, v_x), *_strides(k_scale), *_strides(v_scale),
+            *((0, 0) if bias is None else bias.stride()[:2]), 0 if cos is None else cos.stride(0),
+            **fixed, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
     _merge[(batch * num_q * t,)](
         part, lse, out, splits, ROWS=rows, DIM=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_S=16, num_warps=4
     )
@@ -345,15 +301,12 @@ def constants(dim: int, groups: int, t: int, block: int, k: Slab, angles: Angles
     bits = k.bits if isinstance(k, Codes) else 0
     group = dim // k.scale.shape[3] if isinstance(k, Codes) else 1
     block_v = max(16, triton.next_power_of_2((dim + 1) // 2))
-    # RoPE's pairs are the two halves of a head, and both are whole groups of 16-bit scales
-    halves = bits != 0 and 2 * pairs == dim == 2 * block_v and not interleaved and block_v % group == 0
-    levels = block_v // group if halves and isinstance(k, Codes) and k.scale.element_size() == 2 else 0
     return dict(
         T=t, G=groups, M=max(16, triton.next_power_of_2(groups * t)), DIM=dim, PAIRS=pairs,
         PAIR_STEP=2 if interleaved else 1, SECOND=1 if interleaved else pairs, REST=rest,
         BLOCK_P=max(16, triton.next_power_of_2(pairs)), BLOCK_R=max(16, triton.next_power_of_2(rest)),
         BLOCK_V=block_v, BLOCK_N=block,
-        BITS=bits, GROUP=group, BYTES=dim * max(bits, 1) // 8 or 1, LEVELS=levels,
+        BITS=bits, GROUP=group, BYTES=dim * max(bits, 1) // 8 or 1,
     )  # fmt: skip
 
 

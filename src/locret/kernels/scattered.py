@@ -17,6 +17,9 @@ from torch import Tensor
 ALIGNMENT = 16  # bytes that the kernels load at once
 
 
+STRETCH = 512  # slots, where it must not depend on how long other rows are where a row is cut
+
+
 @dataclass(frozen=True)
 class Scattered:
     """Stands for a slab [B, Hkv, S, D]. A unit's numbers lie together, and so do a head's units."""
@@ -24,6 +27,7 @@ class Scattered:
     slabs: Sequence[Tensor]  # of every row, [1, Hkv, S_i, D]: what torch paths read
     table: Tensor  # address of every row's and head's first unit, int64, [B, Hkv], contiguous: what kernels read
     slots: int  # at least the longest row's: decides the launches
+    stretch: int | None = STRETCH  # slots that one program reads; None: whatever is fastest for so many slots
 
     @property
     def heads(self) -> int:
@@ -40,12 +44,12 @@ class Scattered:
 
 
 def addresses(slabs: Sequence[Tensor]) -> Tensor:
-    """Rows for tables, int64 on the host, [len(slabs), Hkv]. slabs: [1, Hkv, S, D] each, of one sequence."""
-    heads = slabs[0].shape[1]
+    """Rows for tables, int64 on the host, [len(slabs) B, Hkv]. slabs: [B, Hkv, S, D] each."""
+    rows, heads = slabs[0].shape[:2]
     for slab in slabs:
-        assert slab.shape[0] == 1, "a row is one sequence"
         assert slab.stride()[2:] == (slab.shape[3], 1), "a head's units lie together"
         assert slab.data_ptr() % ALIGNMENT == 0, "allocators align more than that"
-    first = torch.tensor([slab.data_ptr() for slab in slabs])
-    step = torch.tensor([slab.stride(1) * slab.element_size() for slab in slabs])
-    return first[:, None] + step[:, None] * torch.arange(heads)
+    size = slabs[0].element_size()
+    first, row, head = torch.tensor([(x.data_ptr(), x.stride(0) * size, x.stride(1) * size) for x in slabs]).T
+    return (first[:, None, None] + row[:, None, None] * torch.arange(rows)[:, None]
+            + head[:, None, None] * torch.arange(heads)).flatten(0, 1)  # fmt: skip

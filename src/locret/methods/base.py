@@ -73,6 +73,9 @@ class Method:
     wants_hidden: ClassVar[bool] = False  # True: `ChunkView.hidden` is filled in
     wants_surprisal: ClassVar[bool] = False  # True: `score_tokens` is asked after the forward pass, `score` never
     rescoring: ClassVar[bool] = False  # True: `score` returns new scores for cached units too
+    memoryless: ClassVar[bool] = (
+        False  # True: and from what is there at the moment, so it is asked before evictions only
+    )
     ragged: ClassVar[bool] = False  # True: `select` shares a layer's budget among its KV heads
     reduces: ClassVar[bool] = False  # True: `reduce` is asked instead of `select`
     state: ClassVar[
@@ -290,7 +293,7 @@ class Wrapped(Method):
         ):
             raise ConfigError(f"{self.name}: base {scores.name!r} does not score units by itself")
         object.__setattr__(self, "scores", scores)
-        for slot in ("rescoring", "state", "wants_hidden", "query_aware", "trained"):
+        for slot in ("rescoring", "memoryless", "state", "wants_hidden", "query_aware", "trained"):
             object.__setattr__(self, slot, getattr(scores, slot))
         object.__setattr__(self, "heads", getattr(scores, "heads", None))
 

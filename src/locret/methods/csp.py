@@ -29,6 +29,7 @@ class CSP(Method):
     variant: ClassVar[str] = "published: image and text, once per prompt; here old units and the chunk's, per chunk"
     query_aware: ClassVar[bool] = True
     rescoring: ClassVar[bool] = True
+    memoryless: ClassVar[bool] = True
 
     window: int = 32
     cross_share: float = 0.5

@@ -22,6 +22,7 @@ class ExpectedAttention(Method):
     summary: ClassVar[str] = "expected attention of future queries, from mean and covariance of the chunk's"
     variant: ClassVar[str] = "published: queries of the whole prompt; here of each chunk (decoding: of one query)"
     rescoring: ClassVar[bool] = True
+    memoryless: ClassVar[bool] = True
 
     num_future: int = 512
     num_sinks: int = 4

@@ -20,6 +20,7 @@ class KeyDiff(Method):
     paper: ClassVar[str] = "arXiv:2504.15364"
     summary: ClassVar[str] = "keys least similar to the mean key stay"
     rescoring: ClassVar[bool] = True
+    memoryless: ClassVar[bool] = True
 
     def score(self, view: ChunkView) -> Tensor:
         keys = functional.normalize(view.all.keys.float(), dim=-1)

@@ -26,6 +26,7 @@ class NACL(Method):
     variant: ClassVar[str] = "published: once, over the whole prompt; here at every chunk's end, causal"
     query_aware: ClassVar[bool] = True
     rescoring: ClassVar[bool] = True
+    memoryless: ClassVar[bool] = True
 
     proxy_share: float = 0.01
     random_share: float = 0.37

@@ -16,6 +16,7 @@ class Recency(Method):
 
     summary: ClassVar[str] = "the newest units stay"
     rescoring: ClassVar[bool] = True  # an index stays exact in fp32 where a position past 2**24 would not
+    memoryless: ClassVar[bool] = True
 
     def score(self, view: ChunkView) -> Tensor:
         scores = view.all.units.score

@@ -30,6 +30,7 @@ class SnapKV(Method):
     variant: ClassVar[str] = "published: once, over the whole prompt; here at every chunk's end"
     query_aware: ClassVar[bool] = True
     rescoring: ClassVar[bool] = True
+    memoryless: ClassVar[bool] = True
 
     window: int = 32
     kernel_size: int = 7

@@ -22,6 +22,7 @@ class StreamingLLM(Method):
     paper: ClassVar[str] = "arXiv:2309.17453"
     summary: ClassVar[str] = "attention sinks and the newest units stay"
     rescoring: ClassVar[bool] = True  # an index stays exact in fp32 where a position past 2**24 would not
+    memoryless: ClassVar[bool] = True
 
     num_sinks: int = 4
 

@@ -21,6 +21,7 @@ class TOVA(Method):
     variant: ClassVar[str] = "published: an eviction per token; here one at every chunk's end"
     query_aware: ClassVar[bool] = True
     rescoring: ClassVar[bool] = True
+    memoryless: ClassVar[bool] = True
 
     def score(self, view: ChunkView) -> Tensor:
         probe = view.all.attention

@@ -1,0 +1,409 @@
+"""`decode_attention` over codes in Triton, bfloat16, for the head dims and groups of most models (`fits`).
+
+Meaning and shapes: decode_attention.py. As `_split` does, a program takes a row, a KV head and a stretch of slots, and
+`_merge` puts the stretches together. What differs is how codes become numbers, which costs more than reading them:
+
+    words     Codes are loaded 4 bytes at a time. (word & 0x000F000F) | 0x43004300 is 128 + code, twice, in bfloat16:
+              two codes in one instruction. Two more make numbers of them: - 128, which is exact, and * scale + zero.
+    pairs     A word has both channels of RoPE's pairs (8 bits: two words), so they turn where they are, two at once.
+    angles    R(q) . R(k) depends on the difference of the positions only. Queries are rotated once, by their distance
+              from the stretch's first slot, and keys by theirs: a few hundred angles, which the L1 cache holds, where
+              those of all positions would come from the L2 cache, more bytes than the codes, for every head.
+    channels  The order of channels in a dot product is free. It is the one in which threads load words, so keys go from
+              registers to tensor cores without a detour through shared memory.
+
+Rounding: numbers are rounded to bfloat16 after decoding, as `Codes.decode` does, and rotated as a product and a fused
+multiply-add, each rounded, as models do that rotate in bfloat16.
+
+Shapes: N slots at a time, M padded rows, C lanes of a unit, each with E words of a half of the channels.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# a kernel's parameters are pointers, numbers and compile-time constants
+
+from __future__ import annotations
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from locret.kernels.decode_attention import Angles, Codes, Slab, Span
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then there is no PTX
+HEAD_DIMS = (64, 128, 256)
+REGISTERS = 168  # of a thread, at most: three programs of 4 warps on a multiprocessor
+LONGEST_STRETCH = 768  # slots whose angles stay in the L1 cache
+
+
+# ---------------------------------------------------------------------- codes to numbers, in PTX
+
+
+def _four_bits(word: str, out: list[str]) -> list[str]:
+    """128 + code, exact, less 128: channels 0 1 and 2 3 of both halves from one word."""
+    lines = [f"prmt.b32 y, {word}, 0, 0x3120;"]
+    for name, shift in zip(out, (0, 8, 4, 12), strict=True):
+        source = "y" if not shift else "t"
+        lines += [f"shr.u32 t, y, {shift};"] if shift else []
+        lines += [f"lop3.b32 {name}, {source}, 0x000F000F, magic, 0xEA;", f"fma.rn.bf16x2 {name}, {name}, one, less;"]
+    return lines
+
+
+def _eight_bits(word: str, out: list[str]) -> list[str]:
+    """128 + the lower seven bits, less 128 unless the eighth is set: channels 0 1 and 2 3 from a word."""
+    lines = [f"prmt.b32 y, {word}, 0, 0x3120;"]
+    for name, shift in zip(out, (0, 8), strict=True):
+        source = "y" if not shift else "t"
+        lines += [f"shr.u32 t, y, {shift};"] if shift else []
+        lines += [
+            f"lop3.b32 u, {source}, 0x00800080, 0, 0x0C;", "mul.lo.u32 u, u, 0x186;",
+            f"lop3.b32 {name}, {source}, 0x007F007F, magic, 0xEA;", f"fma.rn.bf16x2 {name}, {name}, one, u;",
+        ]  # fmt: skip
+    return lines
+
+
+def _program(bits: int, *, rotated: bool) -> str:
+    """Four channels of either half, $0 .. $7, in the order of `_decoded`'s arguments from $8 on."""
+    lines = ["mov.b32 magic, 0x43004300;", "mov.b32 one, 0x3F803F80;", "mov.b32 less, 0xC300C300;",
+             "mov.b32 none, 0x80008000;"]  # fmt: skip
+    a, b = ["a0", "a1"], ["b0", "b1"]
+    lines += _four_bits("$8", a + b) if bits == 4 else [*_eight_bits("$8", a), *_eight_bits("$9", b)]
+    lines += [f"fma.rn.bf16x2 {x}, {x}, $10, $11;" for x in a]
+    lines += [f"fma.rn.bf16x2 {x}, {x}, $12, $13;" for x in b]
+    for i in range(2 if rotated else 0):
+        cos, sin = f"${14 + i}", f"${16 + i}"
+        lines += [
+            f"fma.rn.bf16x2 t, a{i}, {cos}, none;", f"fma.rn.bf16x2 u, a{i}, {sin}, none;", f"neg.bf16x2 y, b{i};",
+            f"fma.rn.bf16x2 a{i}, y, {sin}, t;", f"fma.rn.bf16x2 b{i}, b{i}, {cos}, u;",
+        ]  # fmt: skip
+    lines += [f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, {x};" for i, x in enumerate(a + b)]
+    return "{ .reg .b32 y, t, u, magic, one, less, none, a0, a1, b0, b1; " + " ".join(lines) + " }"
+
+
+PROGRAMS = {(bits, rotated): _program(bits, rotated=rotated) for bits in (4, 8) for rotated in (False, True)}
+FORM = tl.constexpr(",".join(["=h"] * 8 + ["r"] * 10))
+
+
+@triton.jit
+def _half(pair, SECOND: tl.constexpr):
+    """One of two bfloat16 numbers in an int32, as fp32."""
+    return ((pair & -65536) if SECOND else (pair << 16)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _rounded(x):
+    """fp32 to the nearest number that bfloat16 has, ties to even. (Triton's interpreter cuts off.)"""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _number(word, scale, zero, SHIFT: tl.constexpr, BITS: tl.constexpr):
+    """A code as a number that bfloat16 has, in fp32."""
+    code = ((word >> SHIFT) & (2**BITS - 1)).to(tl.float32)
+    return _rounded(code * _half(scale, False) + _half(zero, False))
+
+
+@triton.jit
+def _turned(a, b, cos, sin, SECOND: tl.constexpr):
+    c, s = _half(cos, SECOND), _half(sin, SECOND)
+    return _rounded(_rounded(a * c) - b * s), _rounded(b * c + _rounded(a * s))
+
+
+@triton.jit
+def _twice(x, C: tl.constexpr, PROGRAM: tl.constexpr):
+    """16-bit numbers [N C] in both halves of an int32, [N, C, 1]."""
+    if PROGRAM is None:
+        twice = (x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) * 65537
+    else:
+        twice = tl.inline_asm_elementwise("mov.b32 $0, {$1, $1};", "=r,h", [x], tl.int32, is_pure=True, pack=1)
+    return tl.reshape(twice, (x.shape[0] // C, C, 1))
+
+
+@triton.jit
+def _join(a, b, c, d):
+    """[N, C, E] four times -> [N, C, E, 2, 2], a b c d in the last two."""
+    return tl.join(tl.join(a, c), tl.join(b, d))
+
+
+@triton.jit
+def _decoded(one, two, s1, z1, s2, z2, c01, c23, s01, s23, C: tl.constexpr, BITS: tl.constexpr,
+             ROTATED: tl.constexpr, PROGRAM: tl.constexpr):  # fmt: skip
+    """Words [N, C, E] as bfloat16 numbers of both halves, [N, C, E, 2, 2] each.
+
+    one, two: words of the halves, the same at 4 bits. s1, z1, s2, z2: their scales and zeros, [N C].
+    c01 .. s23: cosines and sines, two in an int32, read if ROTATED. PROGRAM: PTX; None: what it does, in Triton.
+    """
+    s1, z1, s2, z2 = _twice(s1, C, PROGRAM), _twice(z1, C, PROGRAM), _twice(s2, C, PROGRAM), _twice(z2, C, PROGRAM)
+    if PROGRAM is None:
+        UP: tl.constexpr = 4 if BITS == 4 else 0
+        a, b = _number(one, s1, z1, 0, BITS), _number(one, s1, z1, 8, BITS)
+        c, d = _number(one, s1, z1, 16, BITS), _number(one, s1, z1, 24, BITS)
+        w, x = _number(two, s2, z2, UP, BITS), _number(two, s2, z2, UP + 8, BITS)
+        y, z = _number(two, s2, z2, UP + 16, BITS), _number(two, s2, z2, UP + 24, BITS)
+        if ROTATED:
+            a, w = _turned(a, w, c01, s01, False)
+            b, x = _turned(b, x, c01, s01, True)
+            c, y = _turned(c, y, c23, s23, False)
+            d, z = _turned(d, z, c23, s23, True)
+    else:
+        a, b, c, d, w, x, y, z = tl.inline_asm_elementwise(
+            PROGRAM, FORM, [one, two, s1, z1, s2, z2, c01, c23, s01, s23],
+            (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16,
+             tl.bfloat16), is_pure=True, pack=1,
+        )  # fmt: skip
+    return _join(a, b, c, d).to(tl.bfloat16), _join(w, x, y, z).to(tl.bfloat16)
+
+
+@triton.jit
+def _words(x_ptr, slot, C: tl.constexpr, E: tl.constexpr, UNIT: tl.constexpr, BITS: tl.constexpr):
+    """Words of both halves, [N, C, E]; at 4 bits one word is of both."""
+    place = x_ptr + slot[:, None] * UNIT + tl.arange(0, C * E)[None, :]
+    one = tl.load(place, cache_modifier=".cg")  # the L1 cache is for angles
+    two = one
+    if BITS == 8:
+        two = tl.load(place + C * E, cache_modifier=".cg")
+    return _lanes(one, C, E), _lanes(two, C, E)
+
+
+@triton.jit
+def _lanes(x, C: tl.constexpr, E: tl.constexpr):
+    """[N, C E] -> [N, C, E]. Loaded as [N, C E], so that a thread's neighbours have the unit's other words."""
+    return tl.reshape(x, (x.shape[0], C, E))
+
+
+@triton.jit
+def _levels(scale_ptr, zero_ptr, step, slot, C: tl.constexpr, E: tl.constexpr, GROUP: tl.constexpr):
+    """Scale and zero of a lane's channels in the first half, then in the second, [N C] each. slot: [N C]."""
+    channel = tl.arange(0, slot.shape[0]) % C * (4 * E)
+    one = slot * step + channel // GROUP
+    two = slot * step + (channel + 4 * C * E) // GROUP
+    return tl.load(scale_ptr + one), tl.load(zero_ptr + one), tl.load(scale_ptr + two), tl.load(zero_ptr + two)
+
+
+@triton.jit
+def _angle_words(ptr, step, at, C: tl.constexpr, E: tl.constexpr):
+    """A lane's 2 E words of cosines or sines at positions [N], in two loads: [N, C, E] twice."""
+    word = tl.arange(0, C * E)
+    place = ptr + at[:, None] * step + (word // E * (2 * E) + word % E)[None, :]
+    return _lanes(tl.load(place), C, E), _lanes(tl.load(place + E), C, E)
+
+
+@triton.jit
+def _spread(near, far, N: tl.constexpr, C: tl.constexpr, E: tl.constexpr):
+    """A lane's 2 E words of angles, in two tensors of E, as channels 0 1 and channels 2 3 of its E words of codes."""
+    both = tl.reshape(tl.permute(tl.join(near, far), (0, 1, 3, 2)), (N, C, E, 2))
+    return tl.split(both)
+
+
+@triton.jit
+def _wall(x, PROGRAM: tl.constexpr):
+    """x, and nothing is seen of where it comes from: behind joins Triton arranges tensor cores' operands otherwise."""
+    if PROGRAM is None:
+        return x
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.bfloat16, is_pure=False, pack=2)
+
+
+@triton.jit
+def _split_codes(
+    q_ptr, k_ptr, v_ptr, k_scale, k_zero, v_scale, v_zero, cos_ptr, sin_ptr, cos_words, sin_words,
+    first_ptr, stop_ptr, bias_ptr, part_ptr, lse_ptr,
+    slots, stretch, heads, scale, softcap,
+    q_b, q_h, q_t, k_b, k_h, v_b, v_h, ks_b, ks_h, ks_t, vs_b, vs_h, vs_t, bias_b, bias_h, table_t,
+    T: tl.constexpr, G: tl.constexpr, M: tl.constexpr, N: tl.constexpr, C: tl.constexpr, E: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
+    K_PROGRAM: tl.constexpr, V_PROGRAM: tl.constexpr,
+):  # fmt: skip
+    HALF: tl.constexpr = 4 * C * E
+    UNIT: tl.constexpr = 2 * HALF * BITS // 32
+    ROTATED: tl.constexpr = cos_ptr is not None
+    LOG2E: tl.constexpr = 1.4426950408889634  # logits in powers of two
+    dot_type = tl.float32 if UPCAST else tl.bfloat16
+    head = tl.program_id(1).to(tl.int64)
+    i, h = head // heads, head % heads
+    first = head * 0
+    stop = first + slots
+    if first_ptr is not None:
+        first = tl.load(first_ptr + head).to(tl.int64)
+    if stop_ptr is not None:
+        stop = tl.load(stop_ptr + head).to(tl.int64)
+    low = tl.maximum(tl.program_id(0).to(tl.int64) * stretch, first)
+    high = tl.minimum((tl.program_id(0).to(tl.int64) + 1) * stretch, stop)
+    # from here on slots are counted from `low`, in 32 bits; what would be read behind the last one is read there
+    units = tl.maximum(high - low, 0).to(tl.int32)
+    last = tl.maximum(units - 1, 0)
+    low = tl.minimum(low, slots - 1)  # a stretch without units reads one that nobody sees
+    k_ptr = tl.multiple_of(k_ptr + i * k_b + h * k_h + low * UNIT, 16)
+    v_ptr = tl.multiple_of(v_ptr + i * v_b + h * v_h + low * UNIT, 16)
+    k_scale += i * ks_b + h * ks_h + low * ks_t
+    k_zero += i * ks_b + h * ks_h + low * ks_t
+    v_scale += i * vs_b + h * vs_h + low * vs_t
+    v_zero += i * vs_b + h * vs_h + low * vs_t
+    if bias_ptr is not None:
+        bias_ptr += i * bias_b + h * bias_h + low
+
+    # queries, their channels in the order that keys have below: words, lanes, a word's channels
+    row = tl.arange(0, M)
+    g, t = row // T, row % T
+    real = row < G * T
+    at = tl.arange(0, HALF)
+    channel = at // 2 % C * (4 * E) + at // (4 * C) * 4 + at // (2 * C) % 2 * 2 + at % 2
+    q_row = q_ptr + i * q_b + (h * G + g) * q_h + t * q_t
+    q_one = tl.load(q_row[:, None] + channel[None, :], mask=real[:, None], other=0.0)
+    q_two = tl.load(q_row[:, None] + channel[None, :] + HALF, mask=real[:, None], other=0.0)
+    if ROTATED:
+        ahead = tl.maximum(stop - T + t - low, 0)  # a query whose own unit lies before this stretch sees nothing of it
+        place = ahead[:, None] * (2 * table_t) + channel[None, :]
+        cos = tl.load(cos_ptr + place, mask=real[:, None], other=0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + place, mask=real[:, None], other=0.0).to(tl.float32)
+        a, b = q_one.to(tl.float32), q_two.to(tl.float32)
+        q_one, q_two = a * cos - b * sin, b * cos + a * sin
+    q_one, q_two = q_one.to(dot_type), q_two.to(dot_type)
+
+    visible = tl.minimum(units, stop - (T - 1 - t) - low).to(tl.int32)
+    most = tl.full((M,), float("-inf"), tl.float32)
+    total = tl.zeros((M, N), tl.float32)
+    out_one = tl.zeros((M, HALF), tl.float32)
+    out_two = tl.zeros((M, HALF), tl.float32)
+    step, lane_step = tl.arange(0, N), tl.arange(0, N * C) // C
+    own = tl.minimum(lane_step, last)
+    slot = tl.minimum(step, last)  # of the first block; every block fetches the next one's
+    k_one, k_two = _words(k_ptr, slot, C, E, UNIT, BITS)
+    v_one, v_two = _words(v_ptr, slot, C, E, UNIT, BITS)
+    k_s1, k_z1, k_s2, k_z2 = _levels(k_scale, k_zero, ks_t, own, C, E, GROUP)
+    v_s1, v_z1, v_s2, v_z2 = _levels(v_scale, v_zero, vs_t, own, C, E, GROUP)
+    for start in range(0, units, N):
+        c01, c23, s01, s23 = k_one, k_one, k_one, k_one
+        if ROTATED:
+            where = start + step
+            cos_near, cos_far = _angle_words(cos_words, table_t, where, C, E)
+            sin_near, sin_far = _angle_words(sin_words, table_t, where, C, E)
+            c01, c23 = _spread(cos_near, cos_far, N, C, E)
+            s01, s23 = _spread(sin_near, sin_far, N, C, E)
+        one, two = _decoded(k_one, k_two, k_s1, k_z1, k_s2, k_z2, c01, c23, s01, s23, C, BITS, ROTATED, K_PROGRAM)
+        one = _wall(tl.reshape(tl.permute(one, (0, 2, 3, 1, 4)), (N, HALF)), K_PROGRAM)
+        two = _wall(tl.reshape(tl.permute(two, (0, 2, 3, 1, 4)), (N, HALF)), K_PROGRAM)
+        logits = tl.dot(q_one, tl.trans(one.to(dot_type)), input_precision="ieee")
+        logits = tl.dot(q_two, tl.trans(two.to(dot_type)), logits, input_precision="ieee")
+        next_slot, next_own = tl.minimum(start + N + step, last), tl.minimum(start + N + lane_step, last)
+        k_one, k_two = _words(k_ptr, next_slot, C, E, UNIT, BITS)
+        k_s1, k_z1, k_s2, k_z2 = _levels(k_scale, k_zero, ks_t, next_own, C, E, GROUP)
+        if CAPPED:
+            logits = (softcap * LOG2E) * (2 * tl.sigmoid(logits * (2 * scale / softcap)) - 1)  # tanh
+        else:
+            logits *= scale * LOG2E
+        at_slot = start + step
+        if bias_ptr is not None:
+            logits += LOG2E * tl.load(bias_ptr + at_slot, mask=at_slot < units, other=0.0).to(tl.float32)[None, :]
+        seen = at_slot[None, :] < visible[:, None]
+        logits = tl.where(seen, logits, float("-inf"))
+        new_most = tl.maximum(most, tl.max(logits, 1))
+        ground = tl.where(new_most == float("-inf"), 0.0, new_most)
+        weight = tl.exp2(logits - ground[:, None])
+        fade = tl.exp2(most - ground)
+        most = new_most
+        total = total * fade[:, None] + weight
+        one, two = _decoded(v_one, v_two, v_s1, v_z1, v_s2, v_z2, v_one, v_one, v_one, v_one, C, BITS, False, V_PROGRAM)
+        one, two = _wall(tl.reshape(one, (N, HALF)), V_PROGRAM), _wall(tl.reshape(two, (N, HALF)), V_PROGRAM)
+        weight = weight.to(dot_type)
+        out_one = tl.dot(weight, one.to(dot_type), out_one * fade[:, None], input_precision="ieee")
+        out_two = tl.dot(weight, two.to(dot_type), out_two * fade[:, None], input_precision="ieee")
+        v_one, v_two = _words(v_ptr, next_slot, C, E, UNIT, BITS)
+        v_s1, v_z1, v_s2, v_z2 = _levels(v_scale, v_zero, vs_t, next_own, C, E, GROUP)
+
+    whole = tl.sum(total, 1)
+    place = (head * tl.num_programs(0) + tl.program_id(0)) * (G * T) + row
+    share = 1.0 / tl.where(whole > 0, whole, 1.0)
+    lse = tl.where(whole > 0, most + tl.log2(tl.where(whole > 0, whole, 1.0)), float("-inf"))
+    tl.store(lse_ptr + place, lse, mask=real)
+    out = part_ptr + place[:, None] * (2 * HALF) + at[None, :]
+    tl.store(out, out_one * share[:, None], mask=real[:, None])
+    tl.store(out + HALF, out_two * share[:, None], mask=real[:, None])
+
+
+def fits(q: Tensor, k: Slab, v: Slab, angles: Angles | None) -> bool:
+    """Whether this kernel takes them: bfloat16, whole groups in every lane, everything aligned to 16 bytes."""
+    if not (isinstance(k, Codes) and isinstance(v, Codes)) or q.dtype != torch.bfloat16 or q.shape[3] not in HEAD_DIMS:
+        return False
+    dim = q.shape[3]
+    lane = dim // 2 // _lanes_of(dim)[0]  # channels
+    for x in (k, v):
+        group = dim // x.scale.shape[3]
+        if x.bits != k.bits or x.scale.dtype != q.dtype or x.scale.stride() != x.zero.stride():
+            return False
+        if group % lane or dim // 2 % group or group != dim // k.scale.shape[3]:
+            return False
+        if x.codes.stride()[2:] != (dim * x.bits // 8, 1) or not _aligned(x.codes):
+            return False
+    if angles is None:
+        return True
+    tables = (angles.cos, angles.sin)
+    whole = not angles.interleaved and 2 * angles.cos.shape[1] == dim and angles.cos.stride() == angles.sin.stride()
+    return whole and all(x.dtype == q.dtype and x.stride(1) == 1 and _aligned(x) for x in tables)
+
+
+def _aligned(x: Tensor) -> bool:
+    """Rows of the last dimension begin at multiples of 16 bytes."""
+    return x.data_ptr() % 16 == 0 and all(step * x.element_size() % 16 == 0 for step in x.stride()[:-1])
+
+
+def _lanes_of(dim: int) -> tuple[int, int]:
+    """Lanes that share a unit, and words of a half that each has: 4, as tensor cores have it, unless words are many."""
+    words = min(4, dim // 32)
+    return dim // 8 // words, words
+
+
+def stretch_of(slots: int, heads: int, block: int, at_once: int) -> int:
+    """Slots of a program: as many rounds of programs as it takes, `at_once` of them run, all rounds full."""
+    rounds = 1
+    while True:
+        wanted = triton.cdiv(slots * heads, at_once * rounds)
+        stretch = triton.cdiv(wanted, block) * block
+        if stretch <= max(LONGEST_STRETCH, block):
+            return stretch
+        rounds += 1
+
+
+def per_multiprocessor(warps: int, registers: int) -> int:
+    """Programs that one runs at a time: it has 65,536 registers."""
+    return max(1, 65_536 // (32 * warps * registers))
+
+
+def constants(
+    dim: int, groups: int, t: int, block: int, k: Codes, *, rotated: bool
+) -> dict[str, int | bool | str | None]:
+    """What `_split_codes` is compiled for. block: slots at once."""
+    lanes, words = _lanes_of(dim)
+    programs = dict(K_PROGRAM=PROGRAMS[k.bits, rotated], V_PROGRAM=PROGRAMS[k.bits, False])
+    return dict(
+        T=t, G=groups, M=max(16, triton.next_power_of_2(groups * t)), N=block, C=lanes, E=words, BITS=k.bits,
+        GROUP=dim // k.scale.shape[3], UPCAST=INTERPRETED, **(dict.fromkeys(programs) if INTERPRETED else programs),
+    )  # fmt: skip
+
+
+def split_codes(
+    q: Tensor, k: Codes, v: Codes, scale: float, span: Span, angles: Angles | None, softcap: float | None,
+    bias: Tensor | None, part: Tensor, lse: Tensor, stretch: int, block: int, warps: int, registers: int,
+) -> None:  # fmt: skip
+    """Fill `part` [B Hkv, stretches, G T, D] and `lse` [B Hkv, stretches, G T], fp32, for `_merge`.
+
+    Everything has what `fits` asks for; q's and bias's last dimensions are contiguous. A span's first position does not
+    matter: only differences of positions do.
+    """
+    batch, num_q, t, dim = q.shape
+    heads, slots = k.codes.shape[1:3]
+    first, stop = (None if x is None else x.contiguous() for x in (span.first_unit, span.stop))
+    tables = [None] * 4 if angles is None else [
+        angles.cos, angles.sin, angles.cos.view(torch.int32), angles.sin.view(torch.int32)]  # fmt: skip
+    words = [x.codes.view(torch.int32) for x in (k, v)]
+    _split_codes[(part.shape[1], batch * heads)](
+        q, *words, k.scale, k.zero, v.scale, v.zero, *tables, first, stop, bias, part, lse,
+        slots, stretch, heads, scale, softcap or 0.0,
+        *q.stride()[:3], *words[0].stride()[:2], *words[1].stride()[:2], *k.scale.stride()[:3], *v.scale.stride()[:3],
+        *((0, 0) if bias is None else bias.stride()[:2]), 0 if angles is None else angles.cos.stride(0) // 2,
+        CAPPED=softcap is not None, **constants(dim, num_q // heads, t, block, k, rotated=angles is not None),
+        num_warps=warps, num_stages=1, maxnreg=registers,
+    )  # fmt: skip
