@@ -20,6 +20,7 @@ from locret.plan import (
     CARDS,
     Card,
     Shape,
+    _most_rotated,
     decode_work,
     footprint,
     get_card,
@@ -65,6 +66,14 @@ RUNS: list[tuple[str, str, dict[str, Any]]] = [
     ("gemma2-window", "knorm", dict(budget=40, chunk_size=16)),
     ("llama", "sirllm", dict(budget=40, chunk_size=16)),
 ]
+
+
+def test_rotated_keys_of_a_chunk_that_stays_beside_the_slab_are_of_one_part_at_a_time() -> None:
+    edges = [0, 16, 32, 48, 64]
+    assert _most_rotated(20, 21, edges, 70) == 21  # the step behind a full cache; slab or chunk before
+    assert _most_rotated(10, 11, edges, 70) == 16
+    assert _most_rotated(20, 70, edges, 70) == 36  # joined
+    assert _most_rotated(70, 70, edges, 70) == 69
 
 
 @pytest.mark.parametrize(("family", "method", "options"), RUNS, ids=lambda value: str(value)[:40])

@@ -153,7 +153,7 @@ def test_attention_over_the_compacted_cache_is_full_attention_without_the_evicte
 
         return record
 
-    for name in ("prefix_causal_attention", "two_part_attention"):
+    for name in ("prefix_causal_attention", "add_prefix"):
         monkeypatch.setattr(locret.prefill, name, recorded(getattr(locret.prefill, name)))
     ids = tokens(N)
     with torch.inference_mode():

@@ -231,12 +231,12 @@ fixed = dict(NORM=True, BLOCK_N=16, BLOCK_K=256)
 build(_project, project, fixed | dict(SIZES=(4096, 1024, 1024), BLOCKS=(0, 256, 320, 384), OFFSETS=(0, 4096, 5120),
       BIASED=(True, False, False), ADD=False))
 build(_gated, gated, fixed)
+scores = dict(x_ptr="*bf16", w_ptr="*bf16", w_n="i32", out_ptr="*fp32", rows="i32", tokens="i32", e="i32")
+build(_silu_scores, scores, dict(N=8, BLOCK_M=32, BLOCK_K=256))
 types = dict.fromkeys(_append_codes.arg_names[:15], "*bf16") | dict.fromkeys(("k_codes", "v_codes"), "*u8")
 types |= dict(at_ptr="*i64", slot_ptr="*i64") | dict.fromkeys(_append_codes.arg_names[14:39], "i32")
 build(_append_codes, types, dict(G=4, DIM=128, BLOCK=128, BITS=4, GROUP=32, BLOCK_G=4, BLOCK_C=32, BLOCK_B=64,
                                  STASH=True))
-scores = dict(x_ptr="*bf16", w_ptr="*bf16", w_n="i32", out_ptr="*fp32", rows="i32", tokens="i32", e="i32")
-build(_silu_scores, scores, dict(N=8, BLOCK_M=32, BLOCK_K=256))
 """
 
 

@@ -264,7 +264,11 @@ def footprint(
         for held, window in zip(units, shape.windows, strict=True)
     )
     edges = reader.edges(prompt_len, min(reader.plan.local_window, prompt_len))
-    joined = max(_most_joined(held, edges, total) for held in set(units))
+    joins = reader.cache.joins or config.storage != "dense" or method.ragged
+    joined = max(
+        _most_rotated(held, total if joins or window is not None else slots, edges, total)
+        for held, slots, window in set(zip(units, room, shape.windows, strict=True))
+    )
     stores = _stores(shape, config.storage, dtype)
     numbers = 2 * shape.head_dim * dtype.itemsize
     budgeted = {held for held, window in zip(units, shape.windows, strict=True) if window is None}
@@ -331,10 +335,17 @@ def _slabs(shape: Shape, method: Method, reader: Reader, stores: list[Store], dt
     return total
 
 
-def _most_joined(capacity: int, edges: list[int], total: int) -> int:
-    """Units and chunk, at the moment when a layer has most of them."""
-    prefill = max(min(start, capacity) + stop - start for start, stop in itertools.pairwise(edges))
-    return max(prefill, min(total - 1, capacity + 1))
+def _most_rotated(capacity: int, room: int, edges: list[int], total: int) -> int:
+    """Units whose rotated keys lie in scratch at the moment when a layer has most of them.
+
+    room: with more than so many, a chunk stays beside the slab, and the keys of one part are rotated at a time.
+    """
+
+    def rotated(old: int, new: int) -> int:
+        return old + new if old + new <= room else max(old, new)
+
+    prefill = max(rotated(min(start, capacity), stop - start) for start, stop in itertools.pairwise(edges))
+    return max(prefill, rotated(min(total - 2, capacity), 1))
 
 
 def _moved(capacities: set[int], edges: list[int], total: int) -> int:

@@ -22,6 +22,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ from locret.cache import KVCache, LayerCache, Units, unit_bytes
 from locret.config import CacheConfig, CachePlan
 from locret.errors import ConfigError, NumericsError
 from locret.graph import MOST_STASHED, StepGraph, alike, can_capture
-from locret.kernels.attention import prefix_causal_attention, two_part_attention
+from locret.kernels.attention import add_prefix, chunk_attention, prefix_causal_attention
 from locret.kernels.compact import Candidates, candidates, kept_beside, pin
 from locret.methods.base import BIAS, ChunkView, Joined, Method
 from locret.observe import AttentionProbe, surprisal
@@ -45,6 +46,12 @@ WORTH = 8  # chunks that a recorded one must stand for: recording is launching o
 
 Progress = Callable[[int, int], object]
 Check = Callable[[], None]
+
+
+class Turn(Protocol):
+    """`ChunkPass._turning`."""
+
+    def __call__(self, x: Tensor, unit: int, out: Tensor | None = None) -> Tensor: ...
 
 
 @dataclass
@@ -343,7 +350,8 @@ class ChunkPass:
         )
         held.watch(q)
         padding = held.padding
-        q_rotated, keys = self._rotate(held, view, [units], padding)
+        turn = self._turning(held, view, [units], padding)
+        q_rotated, keys = self._turned(held, view, turn, len(units) - k.shape[2]), turn(units.k, 0)
         bias = self._bias(units, padding) if window is None else None
         out = prefix_causal_attention(
             q_rotated, keys, units.v, scale=call.scale, softcap=call.softcap, window=window, bias=bias
@@ -374,18 +382,17 @@ class ChunkPass:
         the move beside the matrices that follow. It is joined when the next layer comes here.
         """
         self.aside.join()
-        before = held.held
+        before, scale = held.held, view.scale
         new = self._new_units(view.k, view.v, self.reader.method.score(view))
         old = held.beside(new)
         keep = self._keep(view, *(Candidates(x.score, x.position, x.protected) for x in (old, new)))
-        q, keys = self._rotate(held, view, [old, new], None)
-        out = two_part_attention(
-            q, (keys[:, :, :before], old.v), (keys[:, :, before:], new.v), scale=view.scale
-        )  # fmt: skip
-        self.cache.note_scratch(keys.nbytes)
-        del keys
+        turn = self._turning(held, view, [old, new], None)
+        q = self._turned(held, view, turn, before)
+        own = chunk_attention(q, turn(new.k, before), new.v, scale=scale)
+        out = add_prefix(own, q, turn(old.k, 0), old.v, scale=scale)
+        self.cache.note_scratch(max(old.k.nbytes, new.k.nbytes))  # rotated keys, of one part at a time
         self.cache.note_scratch(held.compact_bytes(keep.shape[-1]))
-        with self.aside.run(new.k.device, new):
+        with self.aside.run(new.k.device, new, keep):
             held.keep(keep)
         return out
 
@@ -487,43 +494,37 @@ class ChunkPass:
             self._marked[device] = at, none if self.protected is None else self.protected.to(device)
         return self._marked[device]
 
-    def _rotate(
-        self, held: LayerCache, view: ChunkView, parts: list[Units], padding: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Queries and all keys at the angles that the position policy gives them.
+    def _turning(self, held: LayerCache, view: ChunkView, parts: list[Units], padding: Tensor | None) -> Turn:
+        """RoPE at the angles that the position policy gives a layer's units, and its queries as the last ones.
 
         Kept whole or re-numbered, units lie at first, first + 1, ...; only an evicted cache under "original" has gaps,
-        and other ones in every head. Ragged heads are numbered each from its own first unit. Queries are rotated where
-        they are if nobody will ask how they were: they are as large as all hidden states of the chunk.
+        and other ones in every head. Ragged heads are numbered each from its own first unit.
 
-        parts: all units, in order, the chunk's last.
+        parts: all units, in order.
+        Returns: a function of x [B, H, n, D], which of the units is its first, and where to put it.
         """
-        rope, layer, q, c = self.reader.rope, view.layer, view.q, view.q.shape[2]
+        rope, layer, device = self.reader.rope, view.layer, view.k.device
         count = sum(len(part) for part in parts)
         original = self.plan.positions == "original"
-        gaps = original and held.window is None and (held.evicted or padding is not None)
-        first = self.start + c - count if original else 0
-        rope.grow(self.start + c if original else count)
-        out = None if self._looks_back(held) else q
-        own = None  # positions, where units do not lie at first, first + 1, ...
-        if gaps:
+        first = self.start + self.chunk - count if original else 0
+        rope.grow(first + count)
+        if original and held.window is None and (held.evicted or padding is not None):
             own = torch.cat([part.position for part in parts], 2)
-            q = rope.rotate(layer, q, torch.arange(self.start, self.start + c, device=q.device), out)
         elif padding is not None:
-            own = (torch.arange(first, first + count, device=q.device) - padding[..., None]).clamp(min=0)  # [B, Hkv, S]
-            q = rope.rotate(layer, q, own[:, :, -c:].repeat_interleave(q.shape[1] // own.shape[1], 1), out)
+            own = (torch.arange(first, first + count, device=device) - padding[..., None]).clamp(min=0)  # [B, Hkv, S]
         else:
-            q = rope.run(layer, q, first + count - c, out)
-        keys = view.k.new_empty(*view.k.shape[:2], count, view.k.shape[3])
-        done = 0
-        for part in parts:
-            to = keys[:, :, done : done + len(part)]
-            if own is None:
-                rope.run(layer, part.k, first + done, to)
-            else:
-                rope.rotate(layer, part.k, own[:, :, done : done + len(part)], to)
-            done += len(part)
-        return q, keys
+            return lambda x, unit, out=None: rope.run(layer, x, first + unit, out)
+
+        def turn(x: Tensor, unit: int, out: Tensor | None = None) -> Tensor:
+            at = own[:, :, unit : unit + x.shape[2]]
+            return rope.rotate(layer, x, at.repeat_interleave(x.shape[1] // at.shape[1], 1), out)
+
+        return turn
+
+    def _turned(self, held: LayerCache, view: ChunkView, turn: Turn, before: int) -> Tensor:
+        """The queries, rotated where they are if nobody will ask how they were: they are as large as the chunk's hidden
+        states."""
+        return turn(view.q, before, None if self._looks_back(held) else view.q)
 
     def _looks_back(self, held: LayerCache) -> bool:
         """Whether anybody looks at a layer's queries after they were rotated."""

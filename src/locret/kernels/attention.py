@@ -16,6 +16,7 @@ Shapes: B batch, T chunk, S keys, Hq/Hkv heads, G = Hq // Hkv, D head dim.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,7 +86,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) ->
 
 def _two_parts(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     if q.shape[2] == 1:
-        return _part(q, k, v, scale, causal=False)[0]
+        return _part(q, k, v, scale, causal=False).out
     prefix = k.shape[2] - q.shape[2]
     return two_part_attention(
         q, (k[:, :, :prefix], v[:, :, :prefix]), (k[:, :, prefix:], v[:, :, prefix:]), scale=scale
@@ -105,40 +106,56 @@ def two_part_attention(
     On a Hopper GPU the fastest there is for long chunks: cuDNN takes fewer KV heads as they are and reaches 680 TFLOP/s
     over the prefix where FlashAttention-2 has 360 (one H200; printed by a script that was not kept).
     """
-    own, own_lse = _part(q, *chunk, scale, causal=True)
-    if prefix[0].shape[2] == 0:
-        return own
-    old, old_lse = _part(q, *prefix, scale, causal=False)
-    if use_triton("merge", old):
+    return add_prefix(chunk_attention(q, *chunk, scale=scale), q, *prefix, scale=scale)
+
+
+class Part(NamedTuple):
+    """Attention over some of the keys."""
+
+    out: Tensor  # [B, Hq, T, D]
+    lse: Tensor  # log-sum-exps of its logits, fp32 [B, Hq, T]
+
+
+def chunk_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Part:
+    """The second part of `two_part_attention`, over the queries' own tokens."""
+    return _part(q, k, v, scale, causal=True)
+
+
+def add_prefix(own: Part, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    """The whole of `two_part_attention`, from its second part: so rotated keys of one part at a time are enough."""
+    if k.shape[2] == 0:
+        return own.out
+    old = _part(q, k, v, scale, causal=False)
+    if use_triton("merge", old.out):
         from locret.kernels.merge_triton import merge_triton
 
-        return merge_triton(old, own, old_lse, own_lse)
-    return torch.lerp(old, own, torch.sigmoid(own_lse - old_lse)[..., None].to(q.dtype))
+        return merge_triton(old.out, own.out, old.lse, own.lse)
+    return torch.lerp(old.out, own.out, torch.sigmoid(own.lse - old.lse)[..., None].to(q.dtype))
 
 
 _CUDNN_ROWS = 1024  # fewer: FlashAttention; every new shape costs cuDNN 40 ms of planning once, and short ends differ
 
 
-def _part(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """One fused call: [B, Hq, T, D] and the log-sum-exp of its logits, fp32 [B, Hq, T]."""
+def _part(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> Part:
+    """One fused call."""
     t = q.shape[2]
     if not q.is_cuda:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+        return Part(*torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale))
     if _flash_takes(q) and t >= _CUDNN_ROWS and _cudnn_is_fast(q.device, q.shape[-1]):
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, True, 0.0, causal, False, scale=scale
         )
-        return out, lse.view(*q.shape[:3])
+        return Part(out, lse.view(*q.shape[:3]))
     if _flash_takes(q):
         rows = [x.transpose(1, 2) for x in (q, k, v)]  # [B, T, H, D]; the kernel reads any strides
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             *rows, None, None, t, k.shape[2], 0.0, causal, False, scale=scale
         )
-        return out.transpose(1, 2), lse
+        return Part(out.transpose(1, 2), lse)
     groups = q.shape[1] // k.shape[1]  # fp32 and odd head dims; small cases only, so expanding KV costs little
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)
-    return out, lse[..., :t]  # the kernel pads its rows to a multiple of 32
+    return Part(out, lse[..., :t])  # the kernel pads its rows to a multiple of 32
 
 
 @functools.cache
