@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -95,7 +95,13 @@ class Table(ABC):
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.untyped_storage().nbytes() for tensor in self)
+        return _storage_bytes(self)
+
+
+def _storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Of all memory that belongs to these tensors, what several share counted once."""
+    stored = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage._cdata: storage.nbytes() for storage in stored}.values())
 
 
 @dataclass
@@ -119,13 +125,16 @@ class Units(Table):
         cls, batch: int, heads: int, units: int, head_dim: int, dtype: torch.dtype, device: torch.device,
         state: int = 0,
     ) -> Units:  # fmt: skip
-        def make(*tail: int, dtype: torch.dtype) -> Tensor:
-            return torch.empty(batch, heads, units, *tail, dtype=dtype, device=device)
-
-        return cls(
-            make(head_dim, dtype=dtype), make(head_dim, dtype=dtype), make(dtype=torch.float32),
-            make(dtype=torch.int64), make(dtype=torch.bool), make(state, dtype=torch.float32),
-        )  # fmt: skip
+        shape = (batch, heads, units)
+        k, v = (torch.empty(*shape, head_dim, dtype=dtype, device=device) for _ in range(2))
+        # one piece of memory for the rest: allocators round each up, on a GPU by as much as a megabyte
+        count = batch * heads * units
+        kinds = {"position": torch.int64, "score": torch.float32, "state": torch.float32, "protected": torch.bool}
+        sizes = [count * (state if name == "state" else 1) * kind.itemsize for name, kind in kinds.items()]
+        parts = torch.empty(sum(sizes), dtype=torch.uint8, device=device).split(sizes)
+        rest = {name: part.view(kind) for (name, kind), part in zip(kinds.items(), parts, strict=True)}
+        state_of = rest.pop("state").view(*shape, state)
+        return cls(k, v, state=state_of, **{name: part.view(shape) for name, part in rest.items()})
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in NAMES}
@@ -257,7 +266,7 @@ class LayerCache:
     _joined: Units | None = field(default=None, repr=False)  # old units and the chunk's, between append and keep
     _source: Units | Packed | None = field(default=None, repr=False)  # the same, as stored
     _queries: Tensor | None = field(default=None, repr=False)  # of the chunk, for stores that choose by them
-    _beside: Units | None = field(default=None, repr=False)  # a chunk that was not joined, between beside and keep
+    _beside: Units | Packed | None = field(default=None, repr=False)  # a chunk that was not joined, until `keep`
 
     def watch(self, q: Tensor) -> None:
         """The chunk's queries before RoPE, [B, Hq, C, D], for the time until its units are settled."""
@@ -396,12 +405,12 @@ class LayerCache:
         return units.settled(self.newest, self.heads, heads, self._queries)
 
     def revisit(self) -> dict[str, Tensor]:
-        """The held units' tensors by name, for an eviction between two passes: `keep` is to follow."""
+        """The held units' tensors by name, for an eviction between two passes: `keep` is to follow.
+
+        Of units in codes only where each is encoded once and for all (not `Tailed`).
+        """
         held = self.slab[slice(0, self.held)]
-        if isinstance(held, Units):
-            self._beside = held[slice(0, 0)]  # nothing is new: what stays moves up in place
-        else:
-            self._source = held
+        self._beside = held[slice(0, 0)]  # nothing is new: what stays moves up in place
         return held.tensors()
 
     @property
@@ -412,7 +421,7 @@ class LayerCache:
         """Memory that keeping so many of the units beside each other takes for a moment."""
         return 0 if self._beside is None else compact_scratch(self._columns(self._beside), keep)
 
-    def _columns(self, new: Units) -> list[Column]:
+    def _columns(self, new: Units | Packed) -> list[Column]:
         slab, theirs = self.slab.tensors(), new.tensors() if len(new) else {}
         return [Column(mine[:, :, : self.held], theirs.get(name), mine) for name, mine in slab.items() if mine.numel()]
 

@@ -167,22 +167,21 @@ def write(backbone: Backbone, method: Method, cache: KVCache, pending: int, stas
     if not pending:
         return torch.ones((), dtype=torch.bool, device=backbone.device)
     first = cache.seen - pending
-    at, sound = torch.arange(first, cache.seen, device=backbone.device), list[Tensor]()
-    for layer, held in enumerate(cache.layers):  # few launches a layer: the device waits for them
-        units = held.slab[slice(held.held - pending, held.held)].tensors()
-        units["position"].copy_(at)
-        units["protected"].zero_()
-        if units["state"].numel():
-            units["state"].zero_()
-        if stash is None:
-            units["score"].zero_()
-            continue
+    at, scores = torch.arange(first, cache.seen, device=backbone.device), list[Tensor]()
+    # the device waits for the host here, so that little is done layer by layer
+    units = [held.slab[slice(held.held - pending, held.held)].tensors() for held in cache.layers]
+    position, protected, score = ([own[name] for own in units] for name in ("position", "protected", "score"))
+    torch._foreach_copy_(position, [at.expand_as(position[0])] * len(units))
+    torch._foreach_zero_([*protected, *(own["state"] for own in units if own["state"].numel())])
+    if stash is None:
+        torch._foreach_zero_(score)
+        return torch.ones((), dtype=torch.bool, device=backbone.device)
+    for layer, own in enumerate(units):
         q, *exact = (x[:, :, :pending] for x in stash.layer(layer))
-        k, v = exact or (units["k"], units["v"])
-        scores = method.score(ChunkView(layer, q, k, v, first, backbone.calls[layer].scale))
-        units["score"].copy_(scores)
-        sound.append(torch.linalg.vector_norm(scores, math.inf).to(at.device))
-    return finite(torch.stack(sound) if sound else at)
+        k, v = exact or (own["k"], own["v"])
+        scores.append(method.score(ChunkView(layer, q, k, v, first, backbone.calls[layer].scale)))
+    torch._foreach_copy_(score, scores)
+    return finite(torch.stack([most.to(at.device) for most in torch._foreach_norm(scores, math.inf)]))
 
 
 def codec_of(held: LayerCache) -> Affine | None:

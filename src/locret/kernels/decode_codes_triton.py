@@ -35,7 +35,7 @@ from locret.kernels.decode_attention import Angles, Codes, Slab, Span
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then there is no PTX
 HEAD_DIMS = (64, 128, 256)
 REGISTERS = 168  # of a thread, at most: three programs of 4 warps on a multiprocessor
-LONGEST_STRETCH = 768  # slots whose angles stay in the L1 cache
+LONGEST_STRETCH = 1024  # slots whose angles stay near
 
 
 # ---------------------------------------------------------------------- codes to numbers, in PTX
