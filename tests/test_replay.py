@@ -12,7 +12,7 @@ from locret.backbone import Backbone
 from locret.config import CacheConfig
 from locret.errors import NumericsError
 from locret.prefill import WORTH, Reader
-from locret.replay import Replay
+from locret.replay import Race, Replay
 
 SMALL = dict(budget=40, chunk_size=16, num_sinks=2, num_stabilizers=6, local_window=5, decode_interval=4)
 
@@ -124,6 +124,29 @@ def test_scores_that_are_nan_in_a_replayed_chunk_are_reported(backbone, replayed
             pass
 
 
+def test_chunks_are_recorded_only_where_the_gpu_waits_for_the_host(monkeypatch):
+    """Three times in a row: the first chunk of a shape takes the host longer."""
+    done: list[bool] = []
+
+    class Event:
+        def record(self, stream):
+            pass
+
+        def query(self):
+            return done.pop(0)
+
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    race, lost = Race(), []
+    done += [True, True, False, True, True, True, False]  # whether the chunk before was done
+    for _ in range(8):
+        race.launched(gpu)
+        lost.append(race.lost(gpu))
+    assert lost == [False] * 6 + [True, False]
+    assert Race().lost(torch.device("cpu"))
+
+
 @pytest.mark.gpu
 @torch.inference_mode()
 @pytest.mark.parametrize("name", ["locret", "knorm"])
@@ -142,6 +165,7 @@ def test_captured_chunks_leave_the_same_bits(name, monkeypatch):
         record(self)
 
     monkeypatch.setattr(Replay, "_record", counted)
+    monkeypatch.setattr(Race, "lost", lambda race, device: True)
     options = dict(budget=4096, chunk_size=2048, num_stabilizers=64, local_window=64)
 
     def read():

@@ -37,7 +37,7 @@ from locret.kernels.attention import add_prefix, chunk_attention, prefix_causal_
 from locret.kernels.compact import Candidates, candidates, kept_beside, pin
 from locret.methods.base import BIAS, ChunkView, Joined, Method
 from locret.observe import AttentionProbe, surprisal
-from locret.replay import Replay, has_room
+from locret.replay import Race, Replay, has_room
 from locret.sampling import read_back
 from locret.select import check_pins, finite
 from locret.stores import fixed_bytes, layer_stores
@@ -68,6 +68,7 @@ class Reader:
     last_logits: Tensor | None = None  # [B, V], for methods that want surprisal
     _unchecked: Check | None = field(default=None, init=False, repr=False)  # of the scores of the last pass
     _graph: StepGraph | bool | None = field(default=None, init=False, repr=False)  # False: its steps are not all alike
+    _race: Race = field(default_factory=Race, init=False, repr=False)
 
     @classmethod
     def start(
@@ -173,10 +174,11 @@ class Reader:
         local = min(self.plan.local_window if local_window is None else local_window, total)
         spans = list(itertools.pairwise(self.edges(total, local)))
         plain = [stop < total - local and stop - start == self.cache.chunk_size for start, stop in spans]
-        warm, replay = False, None
+        warm, replay, self._race = False, None, Race()
         for i, (start, stop) in enumerate(spans):
             steady = plain[i] and protected is None and self._is_steady()
-            if steady and warm and (replay or (sum(plain[i:]) >= WORTH and has_room(ids.device))):
+            worth = sum(plain[i:]) >= WORTH and self._race.lost(ids.device) and has_room(ids.device)
+            if steady and warm and (replay or worth):
                 replay = replay or self._replay(ids[:, start:stop])
                 self._run_again(replay, ids[:, start:stop])
                 yield stop, None
@@ -318,6 +320,7 @@ class Reader:
         self.settle()
         with chunk.aside:
             out = self.backbone.run(ids, chunk, logits=ids.shape[1] if self.method.wants_surprisal else logits)
+        self._race.launched(ids.device)
         chunk.finish(ids, out)
         return out
 

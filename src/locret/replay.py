@@ -2,7 +2,8 @@
 longer than the GPU takes for the work.
 
 Once every layer holds its budget, a chunk that is as long as the one before and pins as many units is the same work at
-the same addresses. Only its tokens and their positions differ, and they lie in buffers.
+the same addresses. Only its tokens and their positions differ, and they lie in buffers. Recording launches everything
+once more, about as long as launching takes; it is only worth it where the GPU waits for the host (`Race`).
 
 The graph has memory of its own, one chunk's activations, for as long as it lives.
 
@@ -18,6 +19,28 @@ from torch import Tensor
 
 Work = Callable[[Tensor, Tensor], Tensor]  # ids [B, C] and positions [C], int64 -> what is read back
 ROOM = 2**30  # bytes that must be free before a capture: activations and workspaces, several times over
+
+
+class Race:
+    """Who waits for whom: the GPU for the host that launches chunks, or the host for the GPU that works on them."""
+
+    def __init__(self) -> None:
+        self._ended: torch.cuda.Event | None = None  # the newest chunk, on the GPU
+        self._idle = 0
+
+    def launched(self, device: torch.device) -> None:
+        """A chunk has been launched, and nothing was waited for since the one before."""
+        if device.type == "cuda":
+            self._idle = self._idle + 1 if self._ended is not None and self._ended.query() else 0
+            self._ended = torch.cuda.Event()
+            self._ended.record(torch.cuda.current_stream(device))
+
+    def lost(self, device: torch.device) -> bool:
+        """Whether the GPU was idle each time one of the last three chunks had been launched; without a GPU: yes.
+
+        Three: the first chunk of a shape takes the host longer, kernels are chosen and compiled.
+        """
+        return device.type != "cuda" or self._idle >= 3
 
 
 class Replay:
