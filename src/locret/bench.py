@@ -292,7 +292,7 @@ class _Full(_Engine):
     def start(self, ids: Tensor, new_tokens: int) -> Tensor:
         self.llm.backbone.model.set_attn_implementation("sdpa")
         self._read = DynamicCache(config=self.llm.backbone.model.config)
-        return self._forward(ids, self._read)
+        return self._forward(ids.to(self.llm.backbone.device), self._read)
 
     def grow(self, batch: int) -> None:
         self._cache = self._read
@@ -323,7 +323,7 @@ class _Full(_Engine):
 
 def _case(engine: _Engine, ids: Tensor, batches: Sequence[int], new_tokens: int) -> _Run:
     """One prompt and, from it, one answer at every batch, the largest first."""
-    device, run = ids.device, _Run()
+    device, run = engine.llm.backbone.device, _Run()
     gc.collect()
     _reset_peak(device)
     try:
@@ -388,7 +388,7 @@ def _ids(llm: LLM, length: int) -> Tensor:
     """Random tokens, the same ones at every call."""
     generator = torch.Generator().manual_seed(length)
     vocab = llm.backbone.model.config.vocab_size
-    return torch.randint(0, vocab, (1, length), generator=generator).to(llm.backbone.device)
+    return torch.randint(0, vocab, (1, length), generator=generator)
 
 
 def _ratio(theirs: Spread | None, mine: Spread | None) -> float | None:

@@ -228,7 +228,7 @@ class Context:
         return [*self._pending, *chat.encode(tokenizer, lead + text + end)]
 
     def _read(self, ids: list[int], **options: Any) -> Tensor:
-        logits = self._reader.read(torch.tensor([ids], device=self.llm.backbone.device), **options)
+        logits = self._reader.read(torch.tensor([ids]), **options)
         self._ids.append(torch.tensor(ids, dtype=torch.int32))
         self._pending = []
         return logits

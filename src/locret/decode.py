@@ -71,8 +71,9 @@ class Decoder:
     def __init__(
         self, reader: Reader, prefill: Callable[[], Tensor], ids: Tensor, sampling: Sampling, *, strip_start: bool
     ) -> None:
-        self._reader, self._prefill, self._ids, self._sampling = reader, prefill, ids, sampling
+        self._reader, self._prefill, self._sampling = reader, prefill, sampling
         backbone, rows = reader.backbone, ids.shape[0]
+        self._ids = ids if sampling.repetition_penalty == 1.0 else ids.to(backbone.device)
         self._eos = eos_ids(backbone)
         self._sampler = Sampler(sampling, rows, backbone.device)
         self._texts = None

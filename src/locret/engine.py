@@ -167,7 +167,7 @@ class LLM:
         length = len(group[0].ids)
         if length == 0:
             raise ConfigError("the prompt has no tokens; give at least one")
-        ids = torch.tensor([p.ids for p in group], device=self.backbone.device)
+        ids = torch.tensor([p.ids for p in group])
         mask = group[0].protected  # a group with protected spans is one prompt: see _equal_lengths
         reader = Reader.start(
             self.backbone, self.method, self.config, batch=len(group), prompt_len=length,

@@ -149,6 +149,7 @@ class Reader:
         """Prefill [B, T] tokens behind what was read before; returns the logits of the last one, [B, V].
 
         Args:
+            ids: anywhere; a chunk at a time is on the device, so that even they take no memory there.
             local_window: how many of the last tokens are read last and stay; default: the plan's.
             more: text will follow, so stabilizers stay pinned after the last chunk as well.
             protected: bool [T]; units that no eviction may take.
@@ -174,13 +175,15 @@ class Reader:
         local = min(self.plan.local_window if local_window is None else local_window, total)
         spans = list(itertools.pairwise(self.edges(total, local)))
         plain = [stop < total - local and stop - start == self.cache.chunk_size for start, stop in spans]
+        device = self.backbone.device
         warm, replay, self._race = False, None, Race()
         for i, (start, stop) in enumerate(spans):
+            chunk = _sent(ids[:, start:stop], device)
             steady = plain[i] and protected is None and self._is_steady()
-            worth = sum(plain[i:]) >= WORTH and self._race.lost(ids.device) and has_room(ids.device)
+            worth = sum(plain[i:]) >= WORTH and self._race.lost(device) and has_room(device)
             if steady and warm and (replay or worth):
-                replay = replay or self._replay(ids[:, start:stop])
-                self._run_again(replay, ids[:, start:stop])
+                replay = replay or self._replay(chunk)
+                self._run_again(replay, chunk)
                 yield stop, None
                 continue
             warm = steady
@@ -191,7 +194,7 @@ class Reader:
             elif last_chunk and not more:
                 newest = 0
             part = None if protected is None else protected[start:stop]
-            logits = self._forward(ids[:, start:stop], self.plan.budget, newest, part, logits=int(stop == total))
+            logits = self._forward(chunk, self.plan.budget, newest, part, logits=int(stop == total))
             if stop == total:
                 self.check_scores()
             yield stop, None if logits is None or stop < total else logits[:, -1]
@@ -592,6 +595,13 @@ def _joins(backbone: Backbone, method: Method) -> bool:
 def _chooses(method: Method) -> bool:
     """Whether it has a selection of its own, that may look at anything."""
     return type(method).select is not Method.select
+
+
+def _sent(ids: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for what it is working on."""
+    if ids.device.type == "cpu" and device.type == "cuda":
+        return ids.pin_memory().to(device, non_blocking=True)
+    return ids.to(device)
 
 
 def _read_back(method: Method, sound: Tensor, first: int, last: int) -> Check:

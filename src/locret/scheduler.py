@@ -265,7 +265,7 @@ class Scheduler:
             new_tokens=request.sampling.max_new_tokens, num_protected=0 if marked is None else int(marked.sum()),
         )  # fmt: skip
         self._share_workspace(reader)
-        ids = torch.tensor([request.prompt], device=device)
+        ids = torch.tensor([request.prompt])
         request._reader, request._sampler = reader, Sampler(request.sampling, 1, device)
         request._chunks = reader.chunks(ids, protected=marked)
         request.status = Status.PREFILL
