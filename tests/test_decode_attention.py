@@ -371,7 +371,7 @@ def split(dtype, size, dim, bits, rotated, capability, spans):
     types |= {f"{x}_{axis}": "i32" for x in ("q", "k", "v", "ks", "vs", "bias") for axis in "bht"}
     angles = Angles(torch.empty(1, rotated // 2), torch.empty(1, rotated // 2)) if rotated else None
     tile = default_tile(dim, size, coded=bits > 0)
-    fixed = constants(dim, 4, 1, tile.slots, k, angles) | dict(CAPPED=spans, UPCAST=False, AHEAD=capability == 90)
+    fixed = constants(dim, 4, 1, tile.slots, k, angles) | dict(CAPPED=spans, UPCAST=False)
     build(_split, types, fixed, capability, tile.stages)
 for capability in (80, 90):
     for bits in (0, 8, 4):
@@ -379,7 +379,7 @@ for capability in (80, 90):
 split("bf16", 2, 256, 0, 64, 80, False)
 split("fp32", 4, 96, 0, 0, 90, True)
 types = dict(part_ptr="*fp32", lse_ptr="*fp32", out_ptr="*bf16", splits="i32")
-build(_merge, types, dict(ROWS=4, DIM=128, BLOCK_D=128, BLOCK_S=16, AHEAD=True), 90)
+build(_merge, types, dict(ROWS=4, DIM=128, BLOCK_D=128, BLOCK_S=16), 90)
 """
 
 

@@ -222,13 +222,12 @@ def build(kernel, types, fixed):
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     made = triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=fixed), target=GPUTarget("cuda", 90, 32),
                           options={"num_warps": 4, "num_stages": 1})
-    waits = made.asm["ptx"].count("griddepcontrol.wait")
-    print(made.metadata.shared, bool(fixed.get("AHEAD")) == bool(waits) and made.asm["ptx"].count("launch_dependents"))
+    print(made.metadata.shared)
 three = lambda kind: (kind,) * 3
 common = dict(x_ptr="*bf16", norm_ptr="*bf16", out_ptr="*bf16", e="i32", eps="fp32")
 project = common | dict(weights=three("*bf16"), strides=three("i32"), biases=three("*bf16"), residual_ptr="*bf16")
 gated = common | dict(gate_ptr="*bf16", gate_n="i32", up_ptr="*bf16", up_n="i32", outputs="i32")
-fixed = dict(NORM=True, BLOCK_N=16, BLOCK_K=256, AHEAD=True)
+fixed = dict(NORM=True, BLOCK_N=16, BLOCK_K=256)
 build(_project, project, fixed | dict(SIZES=(4096, 1024, 1024), BLOCKS=(0, 256, 320, 384), OFFSETS=(0, 4096, 5120),
       BIASED=(True, False, False), ADD=False))
 build(_gated, gated, fixed)
@@ -245,8 +244,7 @@ build(_append_codes, types, dict(G=4, DIM=128, BLOCK=128, BITS=4, GROUP=32, BLOC
 def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path):
     lines = compile_only(COMPILED, tmp_path)
     assert len(lines) == 4
-    assert all(int(shared) <= 99 * 1024 for shared, _ in lines)
-    assert [began for _, began in lines] == ["1", "1", "0", "0"]  # launched ahead of its predecessor's end
+    assert all(int(shared) <= 99 * 1024 for (shared,) in lines)
 
 
 @pytest.mark.gpu

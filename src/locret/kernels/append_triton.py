@@ -8,10 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from locret.kernels.scattered import Scattered
-from locret.kernels.switch import ahead
 
 
 @triton.jit
@@ -19,11 +17,7 @@ def _append(
     q_ptr, k_ptr, v_ptr, k_slab, v_slab, at_ptr, stash_ptr, slot_ptr, heads,
     q_b, q_h, k_b, k_h, v_b, v_h, ks_b, ks_h, ks_t, vs_b, vs_h, vs_t, st_b, st_h, st_t,
     G: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, STASH: tl.constexpr, SCATTERED: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):  # fmt: skip
-    if AHEAD:
-        gdc_launch_dependents()
-        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     batch, head = row // heads, row % heads
     at = tl.load(at_ptr + row)
@@ -61,5 +55,5 @@ def append_triton(
         q, k, v, k_slab, v_slab, at, place, slot, heads,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *k_steps, *v_steps, *place.stride()[:3],
         G=q.shape[1] // heads, DIM=dim, BLOCK=triton.next_power_of_2(dim), STASH=stash is not None,
-        SCATTERED=scattered, **ahead(q), num_warps=1,
+        SCATTERED=scattered, num_warps=1,
     )  # fmt: skip

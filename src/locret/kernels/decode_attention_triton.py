@@ -23,12 +23,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from locret.kernels.decode_attention import Angles, Codes, Slab, Span
 from locret.kernels.decode_codes_triton import REGISTERS, fits, per_multiprocessor, split_codes, stretch_of
 from locret.kernels.scattered import Scattered
-from locret.kernels.switch import ahead
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # its dot multiplies the bits of bf16 as if they were numbers
 LONGEST_STRETCH = 1024
@@ -96,11 +94,8 @@ def _split(
     PAIR_STEP: tl.constexpr, SECOND: tl.constexpr, REST: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, BYTES: tl.constexpr,
-    CAPPED: tl.constexpr, UPCAST: tl.constexpr, SCATTERED: tl.constexpr, ALIGNED: tl.constexpr, AHEAD: tl.constexpr,
+    CAPPED: tl.constexpr, UPCAST: tl.constexpr, SCATTERED: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    if AHEAD:
-        gdc_launch_dependents()
-        gdc_wait()
     head = tl.program_id(1).to(tl.int64)
     i, h = head // heads, head % heads
     dot_type = tl.float32 if UPCAST else q_ptr.dtype.element_ty
@@ -200,10 +195,7 @@ def _split(
 
 @triton.jit
 def _merge(part_ptr, lse_ptr, out_ptr, splits, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-           BLOCK_S: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
-    if AHEAD:
-        gdc_launch_dependents()
-        gdc_wait()
+           BLOCK_S: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     head, r = row // ROWS, row % ROWS
     dim = tl.arange(0, BLOCK_D)
@@ -295,19 +287,10 @@ def decode_attention_triton(
             slots, stretch, heads, scale, softcap or 0.0,
             *q.stride()[:3], *_steps(k, k_x), *_steps(v, v_x), *_strides(k_scale), *_strides(v_scale),
             *((0, 0) if bias is None else bias.stride()[:2]), 0 if cos is None else cos.stride(0),
-            **fixed, **ahead(q), num_warps=tile.warps, num_stages=tile.stages,
+            **fixed, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     _merge[(batch * num_q * t,)](
-        part,
-        lse,
-        out,
-        splits,
-        ROWS=rows,
-        DIM=dim,
-        BLOCK_D=triton.next_power_of_2(dim),
-        BLOCK_S=16,
-        num_warps=4,
-        **ahead(q),
+        part, lse, out, splits, ROWS=rows, DIM=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_S=16, num_warps=4
     )
     return out
 

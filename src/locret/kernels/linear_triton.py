@@ -17,10 +17,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from locret.kernels.linear import Norm
-from locret.kernels.switch import ahead
 
 
 @dataclass(frozen=True)
@@ -34,31 +32,19 @@ class Tile:
 
 
 @triton.jit
-def _block(w_ptr, w_n, n, inside, k, e):
-    """Weights of outputs n and inputs k."""
-    return tl.load(w_ptr + n[:, None] * w_n + k[None, :], mask=inside[:, None] & (k < e)[None, :], other=0.0)
-
-
-@triton.jit
 def _walk(x_ptr, w_ptr, w_n, v_ptr, v_n, norm_ptr, n, inside, e, eps,
-          TWO: tl.constexpr, NORM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-          AHEAD: tl.constexpr):  # fmt: skip
+          TWO: tl.constexpr, NORM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """x' W^T and, if TWO, x' V^T for outputs n, fp32: [BLOCK_N]."""
     one = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     two = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     squares = tl.zeros((BLOCK_K,), tl.float32)
-    lane = tl.arange(0, BLOCK_K)
-    w = _block(w_ptr, w_n, n, inside, lane, e)  # weights depend on nobody: the first are on their way meanwhile
-    v = _block(v_ptr, v_n, n, inside, lane, e) if TWO else w
-    if AHEAD:
-        gdc_wait()
     for start in range(0, e, BLOCK_K):
-        k = start + lane
+        k = start + tl.arange(0, BLOCK_K)
         real = k < e
-        if start > 0:
-            w = _block(w_ptr, w_n, n, inside, k, e)
-            if TWO:
-                v = _block(v_ptr, v_n, n, inside, k, e)
+        mask = inside[:, None] & real[None, :]
+        w = tl.load(w_ptr + n[:, None] * w_n + k[None, :], mask=mask, other=0.0)
+        if TWO:
+            v = tl.load(v_ptr + n[:, None] * v_n + k[None, :], mask=mask, other=0.0)
         x = tl.load(x_ptr + k, mask=real, other=0.0).to(tl.float32)
         if NORM:
             squares += x * x
@@ -77,11 +63,9 @@ def _walk(x_ptr, w_ptr, w_n, v_ptr, v_n, norm_ptr, n, inside, e, eps,
 def _project(
     x_ptr, weights, strides, biases, norm_ptr, residual_ptr, out_ptr, e, eps,
     SIZES: tl.constexpr, BLOCKS: tl.constexpr, OFFSETS: tl.constexpr, BIASED: tl.constexpr, NORM: tl.constexpr,
-    ADD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
+    ADD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Weight i is program_id(0) BLOCKS[i] ... BLOCKS[i + 1] - 1; its outputs begin at OFFSETS[i]."""
-    if AHEAD:
-        gdc_launch_dependents()
     part = tl.program_id(0)
     for i in tl.static_range(len(SIZES)):
         if part >= BLOCKS[i] and part < BLOCKS[i + 1]:
@@ -89,7 +73,7 @@ def _project(
             inside = n < SIZES[i]
             out, _ = _walk(
                 x_ptr, weights[i], strides[i], weights[i], strides[i], norm_ptr, n, inside, e, eps,
-                False, NORM, BLOCK_N, BLOCK_K, AHEAD,
+                False, NORM, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             if BIASED[i]:
                 out += tl.load(biases[i] + n, mask=inside, other=0.0).to(tl.float32)
@@ -102,15 +86,11 @@ def _project(
 @triton.jit
 def _gated(
     x_ptr, gate_ptr, gate_n, up_ptr, up_n, norm_ptr, out_ptr, e, outputs, eps,
-    NORM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
+    NORM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    if AHEAD:
-        gdc_launch_dependents()
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < outputs
-    gate, up = _walk(
-        x_ptr, gate_ptr, gate_n, up_ptr, up_n, norm_ptr, n, inside, e, eps, True, NORM, BLOCK_N, BLOCK_K, AHEAD
-    )
+    gate, up = _walk(x_ptr, gate_ptr, gate_n, up_ptr, up_n, norm_ptr, n, inside, e, eps, True, NORM, BLOCK_N, BLOCK_K)
     out = gate * tl.sigmoid(gate) * up
     tl.store(out_ptr + n, out.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -136,7 +116,7 @@ def project_triton(
         tuple(weights[0] if b is None else b for b in given), x if norm is None else norm.weight,
         x if residual is None else residual, out, e, 0.0 if norm is None else norm.eps,
         SIZES=sizes, BLOCKS=tuple(blocks), OFFSETS=tuple(offsets[:-1]), BIASED=tuple(b is not None for b in given),
-        ADD=residual is not None, **_constants(norm, tile), **ahead(x),
+        ADD=residual is not None, **_constants(norm, tile),
     )  # fmt: skip
     return out
 
@@ -152,7 +132,7 @@ def gated_triton(
         out = torch.empty(1, len(gate), dtype=x.dtype, device=x.device)
     _gated[(triton.cdiv(len(gate), tile.n),)](
         x, gate, gate.stride(0), up, up.stride(0), x if norm is None else norm.weight, out, e, len(gate),
-        0.0 if norm is None else norm.eps, **_constants(norm, tile), **ahead(x),
+        0.0 if norm is None else norm.eps, **_constants(norm, tile),
     )  # fmt: skip
     return out
 

@@ -3,9 +3,6 @@
 LOCRET_TRITON=none                       none: the torch paths
 LOCRET_TRITON=compact,decode_attention   these
 LOCRET_TRITON=all (or not set)           all of them
-
-Kernels of a decode step are launched ahead of the end of the one before (`ahead`): on Hopper and later a kernel may
-begin while the last programs of its predecessor still run, and waits where it first needs what that one wrote.
 """
 
 from __future__ import annotations
@@ -14,7 +11,6 @@ import functools
 import importlib.util
 import os
 
-import torch
 from torch import Tensor
 
 from locret.errors import ConfigError, unknown
@@ -38,16 +34,6 @@ def use_triton(kernel: str, x: Tensor) -> bool:
             return False
         raise ConfigError(f"{VARIABLE} asks for {kernel}, but Triton is not installed; pip install 'locret[gpu]'")
     return True
-
-
-def ahead(x: Tensor) -> dict[str, bool]:
-    """Options for the launch of a kernel that has the flag AHEAD."""
-    return {"AHEAD": True, "launch_pdl": True} if x.is_cuda and _launches_ahead(x.device) else {"AHEAD": False}
-
-
-@functools.cache
-def _launches_ahead(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @functools.cache
