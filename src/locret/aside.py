@@ -63,3 +63,11 @@ class Aside:
 @functools.cache
 def _side(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
+
+
+def forget_workspaces() -> None:
+    """cuBLAS has a workspace for every stream that it ever ran on, 32 MiB on Hopper; whoever comes next gets a new one.
+
+    Around a capture: its workspace lies in the graph's own memory.
+    """
+    torch._C._cuda_clearCublasWorkspaces()

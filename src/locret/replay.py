@@ -17,6 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from locret.aside import forget_workspaces
+
 Work = Callable[[Tensor, Tensor], Tensor]  # ids [B, C] and positions [C], int64 -> what is read back
 ROOM = 2**30  # bytes that must be free before a capture: activations and workspaces, several times over
 
@@ -78,22 +80,17 @@ class Replay:
         """Unlike `torch.cuda.graph` without waiting for the device: it goes on with the chunk before meanwhile."""
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._ids.device)
         stream.wait_stream(torch.cuda.current_stream(self._ids.device))
-        _forget_workspaces()
+        forget_workspaces()
         with torch.cuda.stream(stream):
             graph.capture_begin(capture_error_mode="thread_local")  # other threads may go on
             try:
                 self._out = self._work(self._ids, self._at)
             finally:
                 graph.capture_end()
-        _forget_workspaces()
+        forget_workspaces()
         self._graph = graph
 
 
 def has_room(device: torch.device) -> bool:
     """Whether a graph may take memory of its own."""
     return device.type != "cuda" or torch.cuda.mem_get_info(device)[0] >= ROOM
-
-
-def _forget_workspaces() -> None:
-    """cuBLAS has a workspace a stream, 32 MiB on Hopper: only one at a time. The graph's is in the graph's memory."""
-    torch._C._cuda_clearCublasWorkspaces()

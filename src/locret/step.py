@@ -24,6 +24,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from locret.aside import forget_workspaces
 from locret.backbone import AttentionCall, Backbone, Rope
 from locret.kernels.append import append
 from locret.kernels.append_codes import append_codes
@@ -173,6 +174,7 @@ class Step:
 
     def _record(self) -> None:
         before = self._counters.clone()
+        forget_workspaces()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -182,6 +184,7 @@ class Step:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._logits = self._forward()
+        forget_workspaces()
         self._graph = graph  # only now: a capture that fails, such as for want of memory, leaves the old one
 
 
