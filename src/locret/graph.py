@@ -59,7 +59,8 @@ class StepGraph:
             cache.note_scratch(self._step.stash.nbytes)
         self._by_address = kind[2] is None and (not capture or reads_tables(reader.backbone))
         self._pending = 0
-        # whether all scores since the last `flush` are finite
+        # whether all scores since the last `flush` are finite, and whether there are any
+        self._unlooked = False
         self._good = torch.ones((), dtype=torch.bool, device=reader.backbone.device)
         self._stale = True  # counters and addresses are to be looked at again
 
@@ -94,16 +95,20 @@ class StepGraph:
 
     @torch.inference_mode()
     def flush(self) -> bool:
-        """`write`, and whether all scores since the last time are finite; waits for that."""
+        """`write`, and whether all scores since the last time are finite; waits for that, if there were any."""
         self.write()
-        good = bool(self._good)
+        if not self._unlooked:
+            return True
+        good, self._unlooked = bool(self._good), False
         self._good.fill_(True)
         return good
 
     def write(self) -> None:
         """Scores, positions and flags of the units that steps added. Waits for nothing."""
         written, self._pending, self._stale = self._pending, 0, True
-        self._good &= write(self._backbone, self._method, self._cache, written, self._step.stash)
+        if written:
+            self._good &= write(self._backbone, self._method, self._cache, written, self._step.stash)
+            self._unlooked = True
 
     def _refresh(self) -> None:
         """Counters and addresses from the cache; a new capture if the last one was made for others."""
@@ -169,8 +174,6 @@ def write(backbone: Backbone, method: Method, cache: KVCache, pending: int, stas
         stash: what they are scored by; None: they are not.
     Returns: whether all scores are finite, bool [], on the device.
     """
-    if not pending:
-        return torch.ones((), dtype=torch.bool, device=backbone.device)
     first = cache.seen - pending
     at, scores = torch.arange(first, cache.seen, device=backbone.device), list[Tensor]()
     # the device waits for the host here, so that little is done layer by layer

@@ -256,15 +256,18 @@ class Reader:
         if isinstance(self._graph, StepGraph) and not self._graph.flush():
             raise not_finite(self.method, self.cache.seen - self._graph.most, self.cache.seen)
 
-    def check_scores(self, after: Check | None = None) -> None:
-        """Wait for the scores of the last pass. `after`: what is to be checked next time, or by the next pass: so the
-        device is never left without work while the host looks at numbers.
+    def check_scores(self) -> None:
+        """Wait for the scores of the last pass.
 
         Raises: NumericsError: scores that are NaN or infinite.
         """
-        before, self._unchecked = self._unchecked, after
-        if before is not None:
-            before()
+        self._check_next(None)
+
+    def _check_next(self, check: Check | None) -> None:
+        """`check_scores`, while the device works on the pass that `check` is of, so that it always has work to do."""
+        last, self._unchecked = self._unchecked, check
+        if last is not None:
+            last()
 
     def _step_graph(self) -> StepGraph | None:
         if self._graph is None:
@@ -316,7 +319,7 @@ class Reader:
     def _run_again(self, replay: Replay, ids: Tensor) -> None:
         self.settle()
         seen, count = self.cache.seen, ids.shape[1]
-        self.check_scores(_read_back(self.method, replay.run(ids, seen), seen, seen + count))
+        self._check_next(_read_back(self.method, replay.run(ids, seen), seen, seen + count))
         self.cache.seen += count
 
     def _run(self, chunk: ChunkPass, ids: Tensor, *, logits: int) -> Tensor | None:
@@ -463,7 +466,7 @@ class ChunkPass:
             self.score_tokens(surprisal(logits, ids, reader.last_logits))
             reader.last_logits = logits[:, -1]
         sound = self.is_sound()
-        reader.check_scores(None if sound is None else _read_back(reader.method, sound, seen, seen + ids.shape[1]))
+        reader._check_next(None if sound is None else _read_back(reader.method, sound, seen, seen + ids.shape[1]))
         self.cache.seen += ids.shape[1]
 
     def _note(self, scores: Tensor) -> None:
