@@ -259,7 +259,9 @@ def test_a_hub_id_that_cannot_be_had_says_why(monkeypatch):
 
 
 @pytest.mark.parametrize("path", ["/nowhere/at/all", "nowhere", "a/b/c", "../x"])
-def test_what_is_neither_a_folder_nor_an_id_is_an_error(path):
+def test_what_is_neither_a_folder_nor_an_id_is_an_error(path, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(HeadsError, match="is not a folder and not a Hub id"):
         RetainingHeads.from_pretrained(path)
 

@@ -15,6 +15,7 @@ from locret.config import STORAGE, CacheConfig
 from locret.context import Context
 from locret.errors import BackboneError, ConfigError
 from locret.plan import Shape, footprint
+from locret.prefill import ChunkPass
 from locret.storage import Affine, get_codec
 from locret.stores import STORES, fixed_bytes, layer_stores
 
@@ -38,13 +39,15 @@ def test_the_option_names_the_codecs():
 @pytest.mark.parametrize("method", ["knorm", "adakv", "razor"])
 def test_units_are_quantised_once_however_often_others_are_evicted(monkeypatch, method, storage, dtype):
     """After ten evictions and 40 steps a unit is, bit for bit, what it was when it came in; merged ones are not."""
-    came, append = {0: [], 1: []}, KVCache.append
+    came: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {0: [], 1: []}
+    new_units = ChunkPass._new_units
 
-    def spy(self, index, new):
-        came[index].append((new.k, new.v))
-        return append(self, index, new)
+    def spy(self, k, v, scores):
+        index = sum(map(len, came.values())) % 2  # one layer after the other
+        came[index].append((k, v))
+        return new_units(self, k, v, scores)
 
-    monkeypatch.setattr(KVCache, "append", spy)
+    monkeypatch.setattr(ChunkPass, "_new_units", spy)
     backbone = Backbone(build_tiny_model("llama", dtype=dtype))
     ids, codec = tokens(200), get_codec(storage)
     with torch.inference_mode():
@@ -487,9 +490,11 @@ def test_what_a_layer_decodes_for_its_turn_is_counted_as_peak():
         reader = reader_of(backbone, "knorm", 90, budget=40, chunk_size=16, storage="int4")
         reader.read(tokens(90))
     assert reader.cache.workspace is None
-    dense = 3 * 2 * 56 * 8 * 4  # decoded K and V, and rotated K, of 56 units in two heads
-    coded = 2 * 56 * unit_bytes(8, torch.float32, 0, "int4")
-    assert reader.cache.peak_bytes == reader.cache.nbytes + dense + coded
+    # a chunk of 16 that the slab has room for, behind 16: decoded K and V, rotated K, and all of it as stored
+    joined = 2 * 32 * (3 * 8 * 4 + unit_bytes(8, torch.float32, 0, "int4"))
+    # a chunk of 16 beside 40: these decoded, their keys rotated, and the chunk's codes
+    beside = 2 * (40 * 3 * 8 * 4 + 16 * (unit_bytes(8, torch.float32, 0, "int4") - 13))
+    assert reader.cache.peak_bytes == reader.cache.nbytes + max(joined, beside)
 
 
 def test_the_file_holds_codes_and_its_plan(tmp_path):

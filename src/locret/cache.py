@@ -207,9 +207,19 @@ class Packed(Table):
         dense = Units(torch.cat((old.k, new.k), 2), torch.cat((old.v, new.v), 2), **rest)
         return Packed(self.store, k, v, rest), dense
 
+    @property
+    def ages(self) -> bool:
+        """Whether units are encoded some time after they came."""
+        return any(isinstance(codec, Tailed) for codec in self.store)
+
+    def encoded(self, new: Units) -> Packed:
+        """New units as this store holds them; scores, positions, flags and states are the same tensors."""
+        rest = {name: tensor for name, tensor in new.tensors().items() if name in self.rest}
+        return Packed(self.store, self.store.k.encode(new.k), self.store.v.encode(new.v), rest)
+
     def settled(self, newest: Tensor, num_heads: int, heads: Tensor | None, queries: Tensor | None) -> Packed:
         """With all aged units encoded (`Tailed.settle`); itself where units are encoded as they come in."""
-        if not any(isinstance(codec, Tailed) for codec in self.store):
+        if not self.ages:
             return self
         k, v = (
             codec.settle(x, self.rest["position"], newest=newest, heads=heads, num_heads=num_heads, queries=queries)
@@ -343,11 +353,19 @@ class LayerCache:
         self._source = self._joined = place[slice(0, total)]
         return self._joined
 
-    def beside(self, new: Units) -> Units:
-        """Instead of `append`: the chunk stays where it is until `keep`, nothing is copied. Returns the held units."""
-        assert isinstance(self.slab, Units), "codes are joined with codes"
-        self._beside = new
-        return self.slab[slice(0, self.held)]
+    def beside(self, new: Units) -> tuple[Units, Units | Packed]:
+        """Instead of `append`: the chunk stays where it is until `keep`, and nothing that is held is copied.
+
+        Returns: the held units, decoded; and the chunk as the slab will hold it.
+        """
+        assert not self.ages, "units that are encoded later are joined with the others"
+        self._beside = self.slab.encoded(new) if isinstance(self.slab, Packed) else new
+        return self.slab[slice(0, self.held)].units(), self._beside
+
+    @property
+    def ages(self) -> bool:
+        """Whether units are encoded some time after they came (`Tailed`)."""
+        return isinstance(self.slab, Packed) and self.slab.ages
 
     def rewrite(self, k: Tensor, v: Tensor) -> None:
         """The appended units take these keys and values, [B, Hkv, S, D]; codes of units that do not change stay."""

@@ -29,7 +29,7 @@ from locret.config import CacheConfig, CachePlan
 from locret.errors import BackboneError, ConfigError, HeadsError, unknown
 from locret.methods import Method, find_method
 from locret.prefill import Reader, spare_units
-from locret.stores import Store, fixed_bytes, layer_stores
+from locret.stores import Store, fixed_bytes, layer_stores, widest_part
 from locret.stores import unit_bytes as stored_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -264,7 +264,8 @@ def footprint(
         for held, window in zip(units, shape.windows, strict=True)
     )
     edges = reader.edges(prompt_len, min(reader.plan.local_window, prompt_len))
-    joins = reader.cache.joins or config.storage != "dense" or method.ragged
+    coded = config.storage != "dense"
+    joins = reader.cache.joins or method.ragged or any(layer.ages for layer in reader.cache.layers)
     joined = max(
         _most_rotated(held, total if joins or window is not None else slots, edges, total)
         for held, slots, window in set(zip(units, room, shape.windows, strict=True))
@@ -272,16 +273,19 @@ def footprint(
     stores = _stores(shape, config.storage, dtype)
     numbers = 2 * shape.head_dim * dtype.itemsize
     budgeted = {held for held, window in zip(units, shape.windows, strict=True) if window is None}
-    beside = (
-        0
-        if reader.cache.joins or config.storage != "dense"
-        else _moved(budgeted, edges, total) * shape.num_kv_heads * numbers // 2
-    )
     each = shape.num_kv_heads * (
-        shape.head_dim * dtype.itemsize  # rotated keys
-        + (numbers + _unit(shape, method, dtype, stores) if config.storage != "dense" else 0)
-        + (_unit(shape, method, dtype, stores) if method.ragged and config.storage == "dense" else 0)
+        numbers // 2  # rotated keys
+        + (numbers + _unit(shape, method, dtype, stores) if coded and joins else 0)
+        + (_unit(shape, method, dtype, stores) if method.ragged and not coded else 0)
     )
+    beside = 0
+    if not joins and coded:
+        beside = shape.num_kv_heads * max(
+            _coded_beside(shape, method, dtype, stores, held, slots, edges, total)
+            for held, slots, window in set(zip(units, room, shape.windows, strict=True)) if window is None
+        )  # fmt: skip
+    elif not reader.cache.joins:
+        beside = _moved(budgeted, edges, total) * shape.num_kv_heads * numbers // 2
     waiting = max(fixed_bytes(store, shape.head_dim, dtype) for store in stores)  # and a chunk that is not encoded yet
     scratch = joined * each + shape.num_kv_heads * (waiting + (reader.cache.chunk_size * numbers if waiting else 0))
     reach = max(units) + reader.cache.chunk_size + 1 if reader.plan.positions == "compact" else total + 1
@@ -346,6 +350,30 @@ def _most_rotated(capacity: int, room: int, edges: list[int], total: int) -> int
 
     prefill = max(rotated(min(start, capacity), stop - start) for start, stop in itertools.pairwise(edges))
     return max(prefill, rotated(min(total - 2, capacity), 1))
+
+
+def _coded_beside(
+    shape: Shape, method: Method, dtype: torch.dtype, stores: list[Store], capacity: int, room: int, edges: list[int],
+    total: int,
+) -> int:  # fmt: skip
+    """The most bytes that a KV head needs beside its slab of codes.
+
+    With a chunk that it has room for: all units as stored and decoded, and rotated keys. With any other: the held units
+    decoded, keys of one part rotated, and the chunk's codes; or these and what moves when units have been chosen.
+    """
+    number = shape.head_dim * dtype.itemsize
+    found = [0]
+    passes = [(min(start, capacity), stop - start) for start, stop in itertools.pairwise(edges)]
+    for old, new in [*passes, (min(total - 2, capacity), 1)]:
+        for store in stores:
+            if old + new <= room:
+                unit = unit_bytes(shape.head_dim, dtype, len(method.state), store)
+                found.append((old + new) * (3 * number + unit))
+                continue
+            codes = new * stored_bytes(store, shape.head_dim, dtype)
+            widest = max(8, 4 * len(method.state), widest_part(store, shape.head_dim, dtype))  # 8: positions
+            found += [2 * old * number + max(old, new) * number + codes, (old + new + capacity) * widest + codes]
+    return max(found)
 
 
 def _moved(capacities: set[int], edges: list[int], total: int) -> int:

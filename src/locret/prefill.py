@@ -29,7 +29,7 @@ from torch import Tensor
 
 from locret.aside import Aside
 from locret.backbone import AttentionCall, Backbone, Rope, model_length
-from locret.cache import KVCache, LayerCache, Units, unit_bytes
+from locret.cache import KVCache, LayerCache, Packed, Units, unit_bytes
 from locret.config import CacheConfig, CachePlan
 from locret.errors import ConfigError, NumericsError
 from locret.graph import StepGraph, alike, can_capture
@@ -382,7 +382,7 @@ class ChunkPass:
         return out
 
     def _overflows(self, held: LayerCache, count: int) -> bool:
-        return type(held) is LayerCache and isinstance(held.slab, Units) and held.held + count > len(held.slab)
+        return type(held) is LayerCache and not held.ages and held.held + count > len(held.slab)
 
     def _attend_beside(self, held: LayerCache, view: ChunkView) -> Tensor:
         """`attend` where the layer will evict and its old units and the chunk's need not lie together.
@@ -393,15 +393,20 @@ class ChunkPass:
         self.aside.join()
         before, scale = held.held, view.scale
         new = self._new_units(view.k, view.v, self.reader.method.score(view))
-        old = held.beside(new)
+        old, stored = held.beside(new)
         keep = self._keep(view, *(Candidates(x.score, x.position, x.protected) for x in (old, new)))
         turn = self._turning(held, view, [old, new], None)
         q = self._turned(held, view, turn, before)
         own = chunk_attention(q, turn(new.k, before), new.v, scale=scale)
         out = add_prefix(own, q, turn(old.k, 0), old.v, scale=scale)
-        self.cache.note_scratch(max(old.k.nbytes, new.k.nbytes))  # rotated keys, of one part at a time
-        self.cache.note_scratch(held.compact_bytes(keep.shape[-1]))
-        with self.aside.run(new.k.device, new, keep):
+        rotated = max(old.k.nbytes, new.k.nbytes)  # of one part at a time
+        decoded, encoded = 0, 0
+        if isinstance(stored, Packed):
+            decoded, encoded = old.k.nbytes + old.v.nbytes, stored.k.nbytes + stored.v.nbytes
+        self.cache.note_scratch(rotated + decoded + encoded)
+        del old, turn
+        self.cache.note_scratch(held.compact_bytes(keep.shape[-1]) + encoded)
+        with self.aside.run(new.k.device, new, stored, keep):
             held.keep(keep)
         return out
 

@@ -66,6 +66,14 @@ def unit_bytes(store: Store, head_dim: int, dtype: torch.dtype) -> int:
     )
 
 
+def widest_part(store: Store, head_dim: int, dtype: torch.dtype) -> int:
+    """Bytes of one unit in the widest tensor that a store has; where groups span units, at most."""
+    wide = [x.unit_bytes(head_dim, dtype) for x in store if isinstance(x, Tailed | LowRank)]
+    alone = [x for x in store if not isinstance(x, Tailed | LowRank)]
+    one = torch.zeros(1, head_dim, dtype=dtype)
+    return max([*wide, *(part.nbytes for codec in alone for part in codec.encode(one).parts.values())])
+
+
 def fixed_bytes(store: Store, head_dim: int, dtype: torch.dtype) -> int:
     """Bytes of a KV head beside that, at most: units that are not encoded yet."""
     return sum(x.fixed_bytes(head_dim, dtype) for x in store if isinstance(x, Tailed))
