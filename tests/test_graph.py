@@ -141,6 +141,24 @@ def test_a_step_waits_for_the_next_reader_and_keeps_nobody_alive():
         gc.enable()
 
 
+def test_a_step_over_codes_is_captured_anew_for_slabs_of_another_size(monkeypatch):
+    """Also where they begin at the addresses of the last reader's, which an allocator may well give again."""
+    backbone = Backbone(build_tiny_model("llama"))
+    captures, rope = [], backbone.rope(200, 60)
+    monkeypatch.setattr(Step, "_record", lambda step: captures.append(step))
+    monkeypatch.setattr(Backbone, "rope", lambda backbone, length, prompt_len: rope)
+    monkeypatch.setattr("locret.graph._numbers", lambda slab: [])  # every slab at the same addresses
+    for budget in (40, 40, 48):
+        config = CacheConfig(budget=budget, chunk_size=16, num_stabilizers=4, local_window=4, decode_interval=5,
+                             storage="int8")  # fmt: skip
+        reader = Reader.start(backbone, method_of("knorm", backbone), config, batch=1, prompt_len=60)
+        with torch.inference_mode():
+            reader.read(words(1, 60))
+            StepGraph(reader, capture=True)._refresh()  # and it is given back
+    assert len(captures) == 2
+    assert captures[0] is captures[1]
+
+
 @pytest.mark.gpu
 def test_the_next_reader_replays_what_was_captured_for_the_last(monkeypatch):
     """Its slabs lie elsewhere: the graph finds them in a table."""

@@ -112,19 +112,21 @@ class StepGraph:
 
     def _refresh(self) -> None:
         """Counters and addresses from the cache; a new capture if the last one was made for others."""
-        slabs = _slabs(self._cache)
-        sizes = [-(-len(held.slab) // STRETCH) * STRETCH for held in self._cache.layers]  # few, for few captures
-        self._rope.grow(max(sizes) + 1)
-        tables, seen = None, sizes
+        layers, tables = self._cache.layers, None
+        slabs: Sequence[Slab]
         if self._by_address:
-            plain = [slab for slab in slabs if isinstance(slab, Tensor)]
+            seen = [-(-len(held.slab) // STRETCH) * STRETCH for held in layers]  # few sizes, for few captures
+            plain = dense_slabs(self._cache)
             tables = addresses(plain).unflatten(0, (len(plain), -1))
             slabs = [
                 Scattered(slab.split(1), table, slots, stretch=None)
-                for slab, table, slots in zip(plain, self._step.tables, [*sizes, *sizes], strict=True)
+                for slab, table, slots in zip(plain, self._step.tables, [*seen, *seen], strict=True)
             ]
-        else:
-            seen = [x.data_ptr() for held in self._cache.layers for x in _numbers(held.slab)]
+        else:  # sizes, too: the next reader's slabs may begin where the last one's did
+            seen = [len(held.slab) for held in layers]
+            seen += [x.data_ptr() for held in layers for x in _numbers(held.slab)]
+            slabs = _slabs(self._cache)
+        self._rope.grow(max(seen[: len(layers)]) + 1)
         self._step.state.copy_(row_state(self._cache, self._pending, tables), non_blocking=True)
         self._step.prepare(self._backbone, self._rope, _pairs(slabs), seen)
         self._stale = False
@@ -196,6 +198,11 @@ def codec_of(held: LayerCache) -> Affine | None:
     """How a layer's slab is quantised; None: not at all, or in another way."""
     store = held.slab.store if isinstance(held.slab, Packed) else None
     return store.k if store is not None and isinstance(store.k, Affine) and store.k == store.v else None
+
+
+def dense_slabs(cache: KVCache) -> list[Tensor]:
+    """K of all layers and then V, wherever they lie by now; of a cache that holds numbers."""
+    return [slab for slab in _slabs(cache) if isinstance(slab, Tensor)]
 
 
 def _slabs(cache: KVCache) -> list[Slab]:

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from locret.backbone import Backbone, Rope, model_length
-from locret.cache import Units
-from locret.graph import MOST_STASHED, alike, codec_of, count, room, row_state, write
+from locret.graph import MOST_STASHED, alike, codec_of, count, dense_slabs, room, row_state, write
 from locret.kernels.scattered import Scattered, addresses
 from locret.methods.base import Method
 from locret.prefill import Reader
@@ -145,9 +144,7 @@ class SlotsGraph:
         numbers, slabs = self._idle, [self._dummy] * len(self._slabs)
         if running:
             cache = self._reader(row).cache
-            held = [layer.slab for layer in cache.layers]
-            slabs = [slab.k for slab in held if isinstance(slab, Units)]
-            slabs += [slab.v for slab in held if isinstance(slab, Units)]
+            slabs = dense_slabs(cache)
             numbers = row_state(cache, self._pending[row], addresses(slabs)[:, None])[:, 0]
             self._longest = max(self._longest, *(slab.shape[2] for slab in slabs))
         for own, slab in zip(self._slabs, slabs, strict=True):
