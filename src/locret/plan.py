@@ -348,8 +348,13 @@ def _most_rotated(capacity: int, room: int, edges: list[int], total: int) -> int
     def rotated(old: int, new: int) -> int:
         return old + new if old + new <= room else max(old, new)
 
-    prefill = max(rotated(min(start, capacity), stop - start) for start, stop in itertools.pairwise(edges))
-    return max(prefill, rotated(min(total - 2, capacity), 1))
+    return max(rotated(old, new) for old, new in _passes(capacity, edges, total))
+
+
+def _passes(capacity: int, edges: list[int], total: int) -> list[tuple[int, int]]:
+    """Held units and new ones of every chunk, and of the last decode step."""
+    chunks = [(min(start, capacity), stop - start) for start, stop in itertools.pairwise(edges)]
+    return [*chunks, (min(total - 2, capacity), 1)]
 
 
 def _coded_beside(
@@ -363,8 +368,7 @@ def _coded_beside(
     """
     number = shape.head_dim * dtype.itemsize
     found = [0]
-    passes = [(min(start, capacity), stop - start) for start, stop in itertools.pairwise(edges)]
-    for old, new in [*passes, (min(total - 2, capacity), 1)]:
+    for old, new in _passes(capacity, edges, total):
         for store in stores:
             if old + new <= room:
                 unit = unit_bytes(shape.head_dim, dtype, len(method.state), store)

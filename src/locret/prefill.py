@@ -180,8 +180,11 @@ class Reader:
         for i, (start, stop) in enumerate(spans):
             chunk = _sent(ids[:, start:stop], device)
             steady = plain[i] and protected is None and self._is_steady()
-            worth = sum(plain[i:]) >= WORTH and self._race.lost(device) and has_room(device)
-            if steady and warm and (replay or worth):
+            if (
+                steady
+                and warm
+                and (replay or (self._race.lost(device) and sum(plain[i:]) >= WORTH and has_room(device)))
+            ):
                 replay = replay or self._replay(chunk)
                 self._run_again(replay, chunk)
                 yield stop, None

@@ -108,7 +108,7 @@ class Step:
         self._at, self._stop, slot = self._counters.split([layers, layers, 1])
         self._slot = slot[0]
         self.stash = Stash.empty(backbone, rows, stashed, coded=codec is not None) if stashed else None
-        self._rope: Rope | None = None
+        self._rope: Rope | None = None  # held, so that whoever comes next is given the same tables (`Backbone.rope`)
         self._angles: list[Angles | None] = []
         self._seen: list[int] = []  # addresses and sizes that the captured graph has in it
         self._graph: torch.cuda.CUDAGraph | None = None

@@ -1,8 +1,9 @@
 """A decode step of many requests whose matrices see all of them: at most two passes of a fixed number of rows.
 
-Requests whose step is like any other are rows of a `slots.SlotsGraph`. Those whose method or model never has two steps
-alike are a second pass, in which attention goes row by row, each with its cache.
-Rows that are no request's are filled up, so that products always have one shape.
+Requests whose step is like any other are rows of a `slots.SlotsGraph`. Those whose method scores in order to evict
+(`Method.memoryless`) and does so in this round, and those whose method or model never has two steps alike, are a second
+pass, in which attention goes row by row, each with its cache. Rows that are no request's are filled up, so that
+products always have one shape.
 
 Where the device works by itself, the next step is launched before the host waits for the tokens of this one, so it is
 never idle while text is made. Whoever turns out to have ended read a token too many, in a cache that is thrown away;
