@@ -1,21 +1,22 @@
 """The large table of `locret eval`: a small file of every cell, and the tables of docs/results.md.
 
-    python benchmarks/eval_table.py RUN ...     sum up finished or cut-off runs, write the file and the tables
+    python benchmarks/eval_table.py RUN ...     put the cells of finished or cut-off runs into the file; the tables
     python benchmarks/eval_table.py             only write the tables from the file
 
-RUN is a folder with results.json and run.json. `bash recipes/grids/table.sh RUN` makes it.
+RUN is a folder with results.json and run.json. `bash recipes/grids/table.sh RUN` makes it. A cell that the file has
+from more samples stays; so a table too long for one machine's time is filled run by run. Delete the file to begin anew.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 from common import RESULTS, ROOT, fill
 
-from locret.evaluate.stats import tasks_interval
 from locret.evaluate.summary import Cell
 from locret.files import write_text
 from locret.report.study import Study, length_text, load_studies
@@ -32,7 +33,7 @@ KINDS = {
 }  # fmt: skip
 CELL = ("task", "length", "method", "budget", "n", "score", "low", "high", "against_full", "retention", "ceiling", "kl",
         "kv_bytes", "peak_kv_bytes", "ttft", "tpot")  # fmt: skip
-MEAN = ("kind", "length", "method", "budget", "tasks", "n", "score", "low", "high", "smaller")
+MEAN = ("kind", "length", "method", "budget", "tasks", "n", "score", "low", "high")
 TIMES = {"10%": 10, "5%": 20, "2.5%": 40}
 
 
@@ -43,32 +44,51 @@ def cell_row(study: Study, cell: Cell) -> list[Any]:
     return [_short(fields.get(name)) for name in CELL]
 
 
-def mean_rows(study: Study) -> list[list[Any]]:
-    """The mean over the tasks of each kind, where a variant was run on all of them."""
+def mean_rows(cells: list[dict[str, Any]]) -> list[list[Any]]:
+    """The mean over the tasks of each kind, where a variant was run on all of them.
+
+    Its interval is made of the cells' (MOVER, Zou and Donner 2008): tasks are independent, and runs need not be one.
+    """
+    found: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for cell in cells:
+        found.setdefault((cell["length"], cell["method"], cell["budget"]), {})[cell["task"]] = cell
     rows = []
-    for length in study.lengths:
-        for column in study.columns:
-            cells = {cell["task"]: cell for cell in study.of(column=column, length=length)}
-            for kind, tasks in KINDS.items():
-                mine = [cells[task] for task in tasks if task in cells]
-                if len(mine) < len(tasks):
-                    continue
-                low, high = tasks_interval([cell["scores"] for cell in mine])
-                score = sum(cell["score"] for cell in mine) / len(mine)
-                smaller = sum(cell["kv_bytes_full"] / cell["kv_bytes"] for cell in mine) / len(mine)
-                counts = min(cell["n"] for cell in mine)
-                values = [kind, length, *column, len(mine), counts, score, low, high, smaller]
-                rows.append([_short(value) for value in values])
+    for column, of in found.items():
+        for kind, tasks in KINDS.items():
+            mine = [of[task] for task in tasks if task in of]
+            if len(mine) < len(tasks):
+                continue
+            score = sum(cell["score"] for cell in mine) / len(mine)
+            low, high = (
+                math.sqrt(sum((cell["score"] - cell[end]) ** 2 for cell in mine)) / len(mine) for end in ("low", "high")
+            )
+            counts = min(cell["n"] for cell in mine)
+            values = [kind, *column, len(mine), counts, score, score - low, score + high]
+            rows.append([_short(value) for value in values])
     return rows
 
 
-def write_result(study: Study) -> None:
+def put(study: Study) -> None:
     """One line a cell, so that a change of one number is a change of one line."""
-    head = {"provenance": study.runs[0].get("provenance", {}), "grid": study.grids[0], "cell": CELL, "mean": MEAN}
-    lines = ",\n".join(f'"{name}": {json.dumps(value)}' for name, value in head.items())
-    cells = ",\n".join(json.dumps(cell_row(study, cell), separators=(",", ":")) for cell in study.cells)
-    means = ",\n".join(json.dumps(row, separators=(",", ":")) for row in mean_rows(study))
-    write_text(RESULT, f'{{\n{lines},\n"means": [\n{means}\n],\n"cells": [\n{cells}\n]\n}}\n')
+    old: dict[str, Any] = {"runs": [], "cells": []}
+    if RESULT.exists():
+        old = json.loads(RESULT.read_text(encoding="utf-8"))
+    key = [CELL.index(name) for name in ("task", "length", "method", "budget")]
+    rows = {tuple(row[i] for i in key): row for row in old["cells"]}
+    for row in (cell_row(study, cell) for cell in study.cells):
+        before = rows.get(tuple(row[i] for i in key))
+        if before is None or before[CELL.index("n")] <= row[CELL.index("n")]:
+            rows[tuple(row[i] for i in key)] = row
+    runs = [*old["runs"], {"provenance": study.runs[0].get("provenance", {}), "grid": study.grids[0]}]
+    means = mean_rows([dict(zip(CELL, row, strict=True)) for row in rows.values()])
+    parts = {"runs": runs, "means": means, "cells": list(rows.values())}
+    lists = (f'"{name}": [\n{_lines(values)}\n]' for name, values in parts.items())
+    head = (f'"{name}": {json.dumps(value)}' for name, value in {"cell": CELL, "mean": MEAN}.items())
+    write_text(RESULT, "{\n" + ",\n".join((*head, *lists)) + "\n}\n")
+
+
+def _lines(values: list[Any]) -> str:
+    return ",\n".join(json.dumps(value, separators=(",", ":")) for value in values)
 
 
 def means_table(result: dict[str, Any], length: int) -> str:
@@ -142,7 +162,7 @@ def main() -> None:
     paths = [Path(path) for path in sys.argv[1:]]
     if paths:
         [study] = load_studies(paths)
-        write_result(study)
+        put(study)
     fill_page(json.loads(RESULT.read_text(encoding="utf-8")))
 
 
