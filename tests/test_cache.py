@@ -322,7 +322,7 @@ def test_stored_bytes_equal_the_formula(tiny_model, name, dtype, batch):
     """recency looks at all units at once: they are joined in a workspace. knorm's chunks stay beside the old units."""
     backbone = Backbone(tiny_model("llama", dtype=dtype))
     reader = reader_of(backbone, name, 500, batch=batch, budget=48, chunk_size=16)
-    one = 2 * 8 * dtype.itemsize + 4 + 8 + 1  # K, V; fp32 score, int64 position, flag
+    one = 2 * 8 * dtype.itemsize + 4 + 4 + 1  # K, V; fp32 score, int32 position, flag
     assert unit_bytes(8, dtype) == one
     slab = 49 if name == "knorm" else 48  # one to spare for a replayed step
     assert reader.cache.nbytes == batch * 2 * 2 * slab * one

@@ -15,7 +15,7 @@ from triton_programs import interpret
 
 import locret
 from locret.backbone import Backbone
-from locret.cache import Packed
+from locret.cache import KVCache, Packed
 from locret.config import CacheConfig
 from locret.graph import StepGraph
 from locret.heads import HeadsConfig, RetainingHeads
@@ -98,6 +98,42 @@ def test_a_stash_that_is_full_is_scored_and_emptied():
     backbone = Backbone(build_tiny_model("llama"))
     config = CacheConfig(budget=50, chunk_size=16, num_stabilizers=4, local_window=4, decode_interval=3)
     compare(backbone, "locret", config, words(1, 95), 5)
+
+
+@pytest.mark.parametrize("storage", ["dense", "int8", "int4"])
+def test_all_layers_cut_back_at_once_are_left_as_one_after_the_other(tiny_model, storage, monkeypatch):
+    """On a GPU an eviction between steps is two launches for all layers; here it goes by the torch paths."""
+    backbone = Backbone(tiny_model("llama"))
+    config = CacheConfig(budget=30, chunk_size=16, decode_interval=6, storage=storage)
+    text, ends, cuts = words(2, 60), [], []
+    cut = KVCache.cut
+    monkeypatch.setattr(KVCache, "cut", lambda cache, held: (cuts.append(held), cut(cache, held)))
+    for together in (False, True):
+        monkeypatch.setattr("locret.prefill.use_triton", lambda kernel, x, together=together: together)
+        ends.append(decode(backbone, method_of("locret", backbone), config, text[:, :40], text[:, 40:], graph=True))
+    assert cuts == [25] * 4
+    assert torch.equal(ends[0][0], ends[1][0])
+    for one, other in zip(ends[0][1].layers, ends[1][1].layers, strict=True):
+        assert one.held == other.held
+        mine, theirs = one.units().tensors(), other.units().tensors()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.parametrize("rows", [None, [2, 0, 2, 1]])
+def test_copies_of_a_cache_lie_in_one_piece_too(tiny_model, rows):
+    backbone = Backbone(tiny_model("llama"))
+    config = CacheConfig(budget=30, chunk_size=16)
+    reader = Reader.start(backbone, method_of("locret", backbone), config, batch=3, prompt_len=50)
+    with torch.inference_mode():
+        reader.read(words(3, 50))
+    before = [layer.positions() for layer in reader.cache.layers]
+    twin = reader.cache.copy() if rows is None else reader.cache.rows(torch.tensor(rows))
+    whole, want = twin.whole(), before if rows is None else [positions[rows] for positions in before]
+    assert torch.equal(whole.positions(), torch.cat(want))
+    whole.slab.score.fill_(7.0)
+    assert all((layer.units().score == 7.0).all() for layer in twin.layers)
+    assert not any((layer.units().score == 7.0).any() for layer in reader.cache.layers)
+    assert twin.nbytes == reader.cache.nbytes * twin.batch // 3
 
 
 def test_no_step_is_an_ordinary_one_not_even_where_it_evicts(monkeypatch):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from locret.config import Sampling
 from locret.errors import ConfigError
-from locret.sampling import Sampler, TextStream
+from locret.sampling import Sampler, TextStream, likeliest, likeliest_of_pieces
 
 TOKENIZER = build_byte_tokenizer()
 TEXT = st.text(max_size=40)
@@ -125,6 +125,20 @@ IDS = torch.zeros(1, 1, dtype=torch.long)
 def test_temperature_zero_is_the_likeliest_token():
     logits = torch.randn(3, 50)
     assert torch.equal(sampler(3)(IDS.expand(3, 1), logits), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 16, 50])
+def test_the_likeliest_token_by_way_of_pieces_is_the_first_of_the_largest(pieces):
+    logits = torch.randint(0, 6, (64, 800)).to(torch.bfloat16)  # many equal ones
+    logits[3] = 0.0
+    assert torch.equal(likeliest_of_pieces(logits, pieces), logits.argmax(-1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocab", [8192, 128_256, 32_003])
+def test_the_likeliest_token_on_a_gpu(vocab):
+    logits = torch.randint(0, 1000, (5, vocab), device="cuda").to(torch.bfloat16)
+    assert torch.equal(likeliest(logits).cpu(), logits.float().cpu().argmax(-1))
 
 
 def test_a_seed_gives_the_same_tokens_again_and_another_seed_others():

@@ -182,7 +182,7 @@ def test_bytes_are_those_of_the_slabs_and_equal_the_plans(storage, method):
     each = unit_bytes(8, torch.bfloat16, len(reader.method.state), storage)
     slab = 40 if method == "adakv" else 41  # one to spare for a replayed step
     assert reader.cache.nbytes == 2 * 2 * slab * each + lengths
-    assert each == 2 * (16 if storage == "dense" else get_codec(storage).bits + 4) + 13 + 4 * len(reader.method.state)
+    assert each == 2 * (16 if storage == "dense" else get_codec(storage).bits + 4) + 9 + 4 * len(reader.method.state)
     found = sum(x.nbytes for layer in reader.cache.layers for x in layer.slab)
     assert reader.cache.nbytes == found + lengths
     assert reader.cache.peak_bytes > reader.cache.nbytes

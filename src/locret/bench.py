@@ -39,7 +39,7 @@ from locret.heads import HeadsConfig, RetainingHeads
 from locret.methods import Method, get_method
 from locret.plan import DTYPES, Card, Footprint, Shape, decode_work, footprint, prefill_work, shape_config
 from locret.prefill import Reader
-from locret.sampling import read_back
+from locret.sampling import likeliest, read_back
 
 BAR_LENGTH, BAR = 32_768, 2.0  # issue 4: embedded model on a CPU, tokens and least ratio to transformers
 _COPY_BYTES = {"cpu": 2**26, "cuda": 2**30}
@@ -356,7 +356,7 @@ def _decode(engine: _Engine, tokens: Tensor, new_tokens: int) -> float:
     started = time.perf_counter()
     for _ in range(steps):
         wait = read_back(tokens)
-        tokens = engine.step(tokens).argmax(-1)
+        tokens = likeliest(engine.step(tokens))
         wait()
     tokens.tolist()
     return (time.perf_counter() - started) / steps

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from locret import stores
 from locret.kernels.compact import Column, compact, compact_scratch
-from locret.storage import Stored, allocate
+from locret.storage import Affine, Stored, allocate
 from locret.stores import Holder, Store, layer_store
 from locret.tail import Tailed, TailStored
 
@@ -93,9 +93,18 @@ class Table(ABC):
         """Some of the sequences, in fresh memory. indices: int64, [rows]."""
         return self.map(lambda tensor: tensor.index_select(0, indices))
 
+    def split_rows(self, count: int) -> list[Self]:
+        """Views of `count` sequences each."""
+        parts = {name: tensor.split(count) for name, tensor in self.tensors().items()}
+        return [self.like(dict(zip(parts, part, strict=True))) for part in zip(*parts.values(), strict=True)]
+
+    def memory(self) -> list[Tensor]:
+        """All that it consists of."""
+        return list(self)
+
     @property
     def nbytes(self) -> int:
-        return _storage_bytes(self)
+        return _storage_bytes(self.memory())
 
 
 def _storage_bytes(tensors: Iterable[Tensor]) -> int:
@@ -111,7 +120,7 @@ class Units(Table):
     k: Tensor  # before RoPE, [B, Hkv, S, D]
     v: Tensor  # [B, Hkv, S, D]
     score: Tensor  # fp32, [B, Hkv, S]
-    position: Tensor  # original position, int64, [B, Hkv, S]
+    position: Tensor  # original position, int32, [B, Hkv, S]
     protected: Tensor  # bool, [B, Hkv, S]
 
     state: Tensor = None  # type: ignore[assignment]  # the method's own numbers, fp32, [B, Hkv, S, N]; not given: N = 0
@@ -129,7 +138,7 @@ class Units(Table):
         k, v = (torch.empty(*shape, head_dim, dtype=dtype, device=device) for _ in range(2))
         # one piece of memory for the rest: allocators round each up, on a GPU by as much as a megabyte
         count = batch * heads * units
-        kinds = {"position": torch.int64, "score": torch.float32, "state": torch.float32, "protected": torch.bool}
+        kinds = {"position": torch.int32, "score": torch.float32, "state": torch.float32, "protected": torch.bool}
         sizes = [count * (state if name == "state" else 1) * kind.itemsize for name, kind in kinds.items()]
         parts = torch.empty(sum(sizes), dtype=torch.uint8, device=device).split(sizes)
         rest = {name: part.view(kind) for (name, kind), part in zip(kinds.items(), parts, strict=True)}
@@ -233,9 +242,8 @@ class Packed(Table):
         device = self.rest["score"].device
         self._share({name: tables[name].to(device) for name in self.tables()})
 
-    @property
-    def nbytes(self) -> int:
-        return super().nbytes + sum(table.untyped_storage().nbytes() for table in self.tables().values())
+    def memory(self) -> list[Tensor]:
+        return [*super().memory(), *self.tables().values()]
 
     def _held(self) -> tuple[tuple[str, Stored], tuple[str, Stored]]:
         return ("k", self.k), ("v", self.v)
@@ -244,6 +252,15 @@ class Packed(Table):
         for name, x in self._held():
             if isinstance(x, TailStored):
                 setattr(self, name, x.like(x.parts, {key: tables[f"{name}.table.{key}"] for key in x.tables}))
+
+
+def _lie_alike(chosen: list[Store]) -> bool:
+    """Whether the slabs of layers are alike, and each consists of its units and nothing else."""
+    dense = layer_store("dense")
+    return all(store == dense for store in chosen) or all(
+        isinstance(codec, Affine) and codec == of_first
+        for store in chosen for codec, of_first in zip(store, chosen[0], strict=True)
+    )  # fmt: skip
 
 
 def _take(tensor: Tensor, keep: Tensor) -> Tensor:
@@ -261,7 +278,7 @@ def _write(slab: Units | Packed, start: int, units: Units | Packed) -> None:
 def unit_bytes(head_dim: int, dtype: torch.dtype, state: int = 0, storage: str | Store = "dense") -> int:
     """Bytes of one unit, at most: K and V as stored, score, position, flag and the method's own numbers."""
     store = layer_store(storage) if isinstance(storage, str) else storage
-    return stores.unit_bytes(store, head_dim, dtype) + 4 + 8 + 1 + 4 * state
+    return stores.unit_bytes(store, head_dim, dtype) + 4 + 4 + 1 + 4 * state
 
 
 @dataclass
@@ -298,14 +315,13 @@ class LayerCache:
             return 0
         return self._joined.k.nbytes + self._joined.v.nbytes + self._source.nbytes
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes as allocated."""
-        return self.slab.nbytes
+    def memory(self) -> list[Tensor]:
+        """All that it consists of."""
+        return self.slab.memory()
 
     def positions(self) -> Tensor:
-        """Original positions of the units in use, ascending, [B, Hkv, S]."""
-        return self.slab[slice(0, self.held)].tensors()["position"]
+        """Original positions of the units in use, int64, ascending, [B, Hkv, S]."""
+        return self.slab[slice(0, self.held)].tensors()["position"].long()
 
     @property
     def padding(self) -> Tensor | None:
@@ -333,9 +349,9 @@ class LayerCache:
         """An independent copy."""
         return dataclasses.replace(self, slab=self.slab.map(torch.clone))
 
-    def take_rows(self, indices: Tensor) -> None:
-        """Only some of the sequences stay. indices: int64, [rows]."""
-        self.slab = self.slab.take_rows(indices)
+    def take_rows(self, indices: Tensor) -> Self:
+        """A copy with some of the sequences only. indices: int64, [rows]."""
+        return dataclasses.replace(self, slab=self.slab.take_rows(indices))
 
     def append(self, new: Units, workspace: Units | None) -> Units:
         """Put a chunk behind the held units; returns all of them. They stay where they are until `keep` or `settle`."""
@@ -461,9 +477,8 @@ class RaggedLayer(LayerCache):
     lengths: Tensor = field(kw_only=True)  # units of each head, int64, [B, Hkv]
     longest: int = field(default=0, kw_only=True)
 
-    @property
-    def nbytes(self) -> int:
-        return self.slab.nbytes + self.lengths.nbytes
+    def memory(self) -> list[Tensor]:
+        return [*super().memory(), self.lengths]
 
     @property
     def heads(self) -> int:
@@ -499,7 +514,7 @@ class RaggedLayer(LayerCache):
     def positions(self) -> Tensor:
         """As for other layers, [B, Hkv, longest]; padding is -1."""
         valid = torch.arange(self.longest, device=self.lengths.device) >= self.padding[..., None]
-        return self._padded().tensors()["position"].masked_fill(~valid, -1)
+        return self._padded().tensors()["position"].long().masked_fill(~valid, -1)
 
     def append(self, new: Units, workspace: Units | None) -> Units:
         old = self._padded() if self.held else self.slab.map(lambda tensor: tensor[:, :, :0].expand(
@@ -538,9 +553,8 @@ class RaggedLayer(LayerCache):
         self.lengths = tensors["lengths"].to(self.lengths.device)
         self.longest = int(self.lengths.max())
 
-    def take_rows(self, indices: Tensor) -> None:
-        super().take_rows(indices)
-        self.lengths = self.lengths.index_select(0, indices)
+    def take_rows(self, indices: Tensor) -> Self:
+        return dataclasses.replace(super().take_rows(indices), lengths=self.lengths.index_select(0, indices))
 
 
 class KVCache:
@@ -573,14 +587,18 @@ class KVCache:
         self._head_dim, self._dtype, self._device, self._state = head_dim, dtype, device, state
         each = [initial if capacity is None else capacity] * len(windows) if not isinstance(capacity, Sequence) else (
             capacity)  # fmt: skip
-        self.layers: list[LayerCache] = []
-        for index, (units, window) in enumerate(zip(each, windows, strict=True)):
-            if ragged and window is None:
-                lengths = torch.zeros(batch, num_kv_heads, dtype=torch.int64, device=device)
-                self.layers.append(RaggedLayer(self._new(index, num_kv_heads * units, heads=1), lengths=lengths))
-            else:
-                room = units + spare if window is None else window - 1
-                self.layers.append(LayerCache(self._new(index, room), window))
+        rooms = [units + spare if window is None else window - 1 for units, window in zip(each, windows, strict=True)]
+        self._whole: Units | Packed | None = None  # all slabs in one piece, layer after layer
+        if capacity is not None and not ragged and not any(windows) and len(set(rooms)) == 1 and _lie_alike(chosen):
+            self._whole = self._new(0, rooms[0], rows=batch * len(windows))
+            self.layers = [LayerCache(slab) for slab in self._whole.split_rows(batch)]
+        else:
+            self.layers = [
+                RaggedLayer(self._new(index, num_kv_heads * each[index], heads=1),
+                            lengths=torch.zeros(batch, num_kv_heads, dtype=torch.int64, device=device))
+                if ragged and window is None else LayerCache(self._new(index, rooms[index]), window)
+                for index, window in enumerate(windows)
+            ]  # fmt: skip
         joins = joins and capacity is not None and not ragged and not spare
         fixed = [len(layer.slab) for layer in self.layers if layer.window is not None or joins]
         self.workspace = self._dense(max(fixed) + chunk_size) if fixed and self.stores is None else None
@@ -607,7 +625,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the slabs as allocated: keys, values, scores, positions, flags and the method's own numbers."""
-        return sum(layer.nbytes for layer in self.layers)
+        return _storage_bytes(tensor for layer in self.layers for tensor in layer.memory())
 
     @property
     def workspace_bytes(self) -> int:
@@ -617,34 +635,59 @@ class KVCache:
         """Count what one layer allocates beside slabs and workspace while it attends and compacts."""
         self.peak_bytes = max(self.peak_bytes, self.nbytes + self.workspace_bytes + scratch_bytes)
 
+    def whole(self) -> LayerCache | None:
+        """All layers as one, of L B rows, if their slabs lie so and hold equally many units; `cut` takes over what is
+        kept of it."""
+        if self._whole is None or len({layer.held for layer in self.layers}) > 1:
+            return None
+        return LayerCache(self._whole, held=self.layers[0].held)
+
+    def cut(self, held: int) -> None:
+        """Every layer of the `whole` holds so many units now, what stayed of more."""
+        for layer in self.layers:
+            layer.held, layer.evicted = held, True
+
     def copy(self) -> KVCache:
         """An independent copy: continuing one does not change the other. The workspace is shared: it holds nothing."""
-        twin = object.__new__(KVCache)
-        twin.__dict__.update(self.__dict__)
-        twin.layers = [layer.copy() for layer in self.layers]
-        twin.peak_bytes = twin.nbytes + twin.workspace_bytes
-        return twin
+        return self._moved(None)
 
     def rows(self, indices: Tensor) -> KVCache:
         """A copy with some of the sequences only. indices: int64, [rows]."""
-        twin = self.copy()
-        twin._shape = (len(indices), self._shape[1])
-        for layer in twin.layers:
-            layer.take_rows(indices)
+        twin = self._moved(indices)
         if self.workspace is not None:
             twin.workspace = twin._dense(len(self.workspace))
         return twin
 
-    def _new(self, index: int, units: int, heads: int | None = None) -> Units | Packed:
+    def _moved(self, indices: Tensor | None) -> KVCache:
+        """All sequences, or some of them, in memory of their own."""
+        twin = object.__new__(KVCache)
+        twin.__dict__.update(self.__dict__)
+        if indices is not None:
+            twin._shape = (len(indices), self._shape[1])
+        if self._whole is None:
+            twin.layers = [layer.copy() if indices is None else layer.take_rows(indices) for layer in self.layers]
+        else:
+            layers, (rows, _) = len(self.layers), self._shape
+            taken = torch.arange(rows, device=self._device) if indices is None else indices
+            every = (torch.arange(layers, device=taken.device)[:, None] * rows + taken).flatten()
+            twin._whole = self._whole.take_rows(every)
+            slabs = twin._whole.split_rows(twin.batch)
+            twin.layers = [dataclasses.replace(layer, slab=slabs[i]) for i, layer in enumerate(self.layers)]
+        twin.peak_bytes = twin.nbytes + twin.workspace_bytes
+        return twin
+
+    def _new(self, index: int, units: int, heads: int | None = None, rows: int | None = None) -> Units | Packed:
         if self.stores is None:
-            return self._dense(units, heads)
+            return self._dense(units, heads, rows)
         batch, all_heads = self._shape
-        return Packed.empty(self.stores[index], batch, heads or all_heads, units, self._head_dim, self._dtype,
+        return Packed.empty(self.stores[index], rows or batch, heads or all_heads, units, self._head_dim, self._dtype,
                             self._device, self._state)  # fmt: skip
 
-    def _dense(self, units: int, heads: int | None = None) -> Units:
+    def _dense(self, units: int, heads: int | None = None, rows: int | None = None) -> Units:
         batch, all_heads = self._shape
-        return Units.empty(batch, heads or all_heads, units, self._head_dim, self._dtype, self._device, self._state)
+        return Units.empty(
+            rows or batch, heads or all_heads, units, self._head_dim, self._dtype, self._device, self._state
+        )
 
     def _grow(self, index: int, needed: int) -> None:
         layer = self.layers[index]

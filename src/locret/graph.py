@@ -177,7 +177,7 @@ def write(backbone: Backbone, method: Method, cache: KVCache, pending: int, stas
     Returns: whether all scores are finite, bool [], on the device.
     """
     first = cache.seen - pending
-    at, scores = torch.arange(first, cache.seen, device=backbone.device), list[Tensor]()
+    at, scores = torch.arange(first, cache.seen, device=backbone.device, dtype=torch.int32), list[Tensor]()
     # the device waits for the host here, so that little is done layer by layer
     units = [held.slab[slice(held.held - pending, held.held)].tensors() for held in cache.layers]
     position, protected, score = ([own[name] for own in units] for name in ("position", "protected", "score"))

@@ -331,11 +331,11 @@ def _unit(shape: Shape, method: Method, dtype: torch.dtype, stores: list[Store])
 
 def _slabs(shape: Shape, method: Method, reader: Reader, stores: list[Store], dtype: torch.dtype) -> int:
     """The cache as allocated and, where a store has tables that grow (`tail`), the most that they can come to."""
-    total = 0
+    total = reader.cache.nbytes
     for layer, store in zip(reader.cache.layers, stores, strict=True):
         most = layer.slab.tensors()["score"].numel() * unit_bytes(shape.head_dim, dtype, len(method.state), store)
         most += shape.num_kv_heads * fixed_bytes(store, shape.head_dim, dtype)
-        total += layer.nbytes + max(0, most - layer.slab.nbytes)
+        total += max(0, most - layer.slab.nbytes)
     return total
 
 

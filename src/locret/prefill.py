@@ -35,6 +35,7 @@ from locret.errors import ConfigError, NumericsError
 from locret.graph import StepGraph, alike, can_capture
 from locret.kernels.attention import add_prefix, chunk_attention, prefix_causal_attention
 from locret.kernels.compact import Candidates, candidates, kept_beside, pin
+from locret.kernels.switch import use_triton
 from locret.methods.base import BIAS, ChunkView, Joined, Method
 from locret.observe import AttentionProbe, surprisal
 from locret.replay import Race, Replay, has_room
@@ -241,10 +242,21 @@ class Reader:
 
         The units' scores must be there (`StepGraph.write`). Waits for nothing.
         """
-        step = ChunkPass.of_step(self)
+        step, whole = ChunkPass.of_step(self), self._whole()
+        if whole is not None:
+            step.evict_by_scores(0, whole)
+            self.cache.cut(whole.held)
+            return
         for layer, held in enumerate(self.cache.layers):
             if held.held > self.budgets[layer]:
-                step.evict_by_scores(layer)
+                step.evict_by_scores(layer, held)
+
+    def _whole(self) -> LayerCache | None:
+        """All layers as one, where they are cut back alike and nothing but the kept units takes memory for it."""
+        alike = len(set(self.budgets)) == 1 and not _chooses(self.method)
+        if not alike or not use_triton("compact", next(iter(self.cache.layers[0].slab))):
+            return None
+        return self.cache.whole()
 
     def unread(self) -> None:
         """Take back the last `step`: the token is not in the cache any more."""
@@ -426,9 +438,8 @@ class ChunkPass:
             self.sound.append(sound)
         return keep
 
-    def evict_by_scores(self, layer: int) -> None:
-        """Cut a layer back to its target by the scores that its units have."""
-        held = self.cache.layers[layer]
+    def evict_by_scores(self, layer: int, held: LayerCache) -> None:
+        """Cut a layer, or `held` of all layers that are like it, back to its target by the scores that units have."""
         units = held.revisit()
         nothing = units["score"].new_empty(0)  # whoever scores by the token alone chooses by scores alone
         view = ChunkView(layer, nothing, nothing, nothing, self.start, 1.0)
@@ -507,6 +518,7 @@ class ChunkPass:
         """Position and protection of the chunk's tokens, [C], the same for all layers on a device."""
         if device not in self._marked:
             at = torch.arange(self.start, self.start + self.chunk, device=device) if self.at is None else self.at
+            at = at.int()  # as the cache has them
             none = torch.zeros(self.chunk, dtype=torch.bool, device=device)
             self._marked[device] = at, none if self.protected is None else self.protected.to(device)
         return self._marked[device]
@@ -526,7 +538,7 @@ class ChunkPass:
         first = self.start + self.chunk - count if original else 0
         rope.grow(first + count)
         if original and held.window is None and (held.evicted or padding is not None):
-            own = torch.cat([part.position for part in parts], 2)
+            own = torch.cat([part.position for part in parts], 2).long()
         elif padding is not None:
             own = (torch.arange(first, first + count, device=device) - padding[..., None]).clamp(min=0)  # [B, Hkv, S]
         else:

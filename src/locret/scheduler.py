@@ -44,7 +44,7 @@ from locret.errors import CapacityError, ConfigError, NumericsError
 from locret.graph import MOST_STASHED
 from locret.plan import Footprint, Shape, footprint
 from locret.prefill import Reader, not_finite
-from locret.sampling import Sampler, TextStream, read_back
+from locret.sampling import Sampler, TextStream, likeliest, read_back
 from locret.together import Together
 
 if TYPE_CHECKING:
@@ -365,7 +365,7 @@ class Scheduler:
     def _chosen(self, requests: list[Request], logits: Tensor) -> Tensor:
         """The next token of each from [n, V], or what says that there is none: [n], on the device."""
         clean = logits.nan_to_num(0.0, math.inf, -math.inf)
-        chosen = clean.float().argmax(-1)
+        chosen = likeliest(clean)
         for i, request in enumerate(requests):
             assert request._sampler is not None
             if not request._sampler.plain:

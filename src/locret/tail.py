@@ -122,7 +122,7 @@ class Tailed(ABC):
     def due(self, position: Tensor, newest: Tensor | int, dense: Tensor, segment: Tensor) -> Tensor:
         """Which units are to be encoded now, bool [B, H, n].
 
-        Args: position: int64 [B, H, n];  newest: of the token read last, kept or not;  dense: bool [B, H, n];
+        Args: position: int32 [B, H, n];  newest: of the token read last, kept or not;  dense: bool [B, H, n];
             segment: a number per sequence and KV head, [B, H, n].
         """
         return dense & (position <= newest - self.residual)

@@ -203,7 +203,7 @@ def test_a_budget_in_bytes_is_what_is_allocated_at_most(exact, name):
     """State, lengths of ragged heads and room for a chunk included."""
     reader = reader_of(exact, method_of(name, exact), 10_000, budget="200KB", chunk_size=16)
     state = 4 * len(reader.method.state)
-    layer_unit = 2 * (2 * 8 * 8 + 13 + state)  # two heads of one layer, float64
+    layer_unit = 2 * (2 * 8 * 8 + 9 + state)  # two heads of one layer, float64
     assert 200_000 - 3 * layer_unit - 32 < reader.cache.nbytes <= 200_000
 
 

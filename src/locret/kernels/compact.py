@@ -38,7 +38,7 @@ class Candidates(NamedTuple):
     """What decides whether units stay, [B, Hkv, n] each, any strides."""
 
     score: Tensor  # compared in fp32
-    position: Tensor  # original position, int64
+    position: Tensor  # original position, int32
     protected: Tensor  # bool
 
 
