@@ -118,7 +118,7 @@ def build(bits, dim, rotated, capability, spans):
     types |= dict.fromkeys(rotated * ["cos_words", "sin_words"], "*i32") | dict(stop_ptr="*i64")
     types |= dict(first_ptr="*i64", bias_ptr="*fp32") if spans else {}
     names = _split_codes.arg_names
-    numbers = ["slots", "stretch", "heads", *(n for n in names if re.fullmatch("[a-z]+_[bht]", n))]
+    numbers = ["slots", "heads", *(n for n in names if re.fullmatch("[a-z]+_[bht]", n))]
     types |= dict.fromkeys(numbers, "i32") | dict(scale="fp32", softcap="fp32")
     fixed = constants(dim, 4, 1, 64, k, rotated=rotated) | dict(CAPPED=spans)
     source = ASTSource(

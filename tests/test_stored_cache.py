@@ -493,7 +493,7 @@ def test_what_a_layer_decodes_for_its_turn_is_counted_as_peak():
     # a chunk of 16 that the slab has room for, behind 16: decoded K and V, rotated K, and all of it as stored
     joined = 2 * 32 * (3 * 8 * 4 + unit_bytes(8, torch.float32, 0, "int4"))
     # a chunk of 16 beside 40: these decoded, their keys rotated, and the chunk's codes
-    beside = 2 * (40 * 3 * 8 * 4 + 16 * (unit_bytes(8, torch.float32, 0, "int4") - 13))
+    beside = 2 * (40 * 3 * 8 * 4 + 16 * (unit_bytes(8, torch.float32, 0, "int4") - 9))
     assert reader.cache.peak_bytes == reader.cache.nbytes + max(joined, beside)
 
 

@@ -35,15 +35,11 @@ from locret.storage import Affine
 if TYPE_CHECKING:
     from locret.prefill import Reader
 
-MOST_STASHED = 64  # steps; twice as many of a single row, which has the default interval between two evictions
+MOST_STASHED = 64  # steps
 
 
 class StepGraph:
-    """The decode steps of one `Reader`. `step` as long as there is `room`; `flush` before anybody reads the cache.
-
-    Attributes:
-        most: steps that may be waiting for their scores.
-    """
+    """The decode steps of one `Reader`. `step` as long as there is `room`; `flush` before anybody reads the cache."""
 
     def __init__(self, reader: Reader, *, capture: bool) -> None:
         # not the reader itself, which holds this: a cycle would keep the cache's memory until the collector comes by
@@ -51,8 +47,7 @@ class StepGraph:
         self._cache = cache = reader.cache
         self._rope = reader.rope
         scored = reader.method.evicts and reader.method.per_token and reader.plan.budget is not None
-        self.most = MOST_STASHED * (2 if cache.batch == 1 else 1)
-        stashed = min(reader.plan.decode_interval, self.most) if scored else 0
+        stashed = min(reader.plan.decode_interval, MOST_STASHED) if scored else 0
         kind = (cache.batch, stashed, codec_of(cache.layers[0]))
         self._step = take(reader.backbone, kind, owner=self) if capture else Step(reader.backbone, *kind, capture=False)
         if self._step.stash is not None:

@@ -32,7 +32,7 @@ from locret.backbone import AttentionCall, Backbone, Rope, model_length
 from locret.cache import KVCache, LayerCache, Packed, Units, unit_bytes
 from locret.config import CacheConfig, CachePlan
 from locret.errors import ConfigError, NumericsError
-from locret.graph import StepGraph, alike, can_capture
+from locret.graph import MOST_STASHED, StepGraph, alike, can_capture
 from locret.kernels.attention import add_prefix, chunk_attention, prefix_causal_attention
 from locret.kernels.compact import Candidates, candidates, kept_beside, pin
 from locret.kernels.switch import use_triton
@@ -269,7 +269,7 @@ class Reader:
         Raises: NumericsError: scores that are NaN or infinite.
         """
         if isinstance(self._graph, StepGraph) and not self._graph.flush():
-            raise not_finite(self.method, self.cache.seen - self._graph.most, self.cache.seen)
+            raise not_finite(self.method, self.cache.seen - MOST_STASHED, self.cache.seen)
 
     def check_scores(self) -> None:
         """Wait for the scores of the last pass.

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from locret.kernels.decode_attention import Angles, Codes, Slab, Span
-from locret.kernels.decode_codes_triton import REGISTERS, fits, per_multiprocessor, split_codes, stretch_of
+from locret.kernels.decode_codes_triton import REGISTERS, fits, per_multiprocessor, split_codes, splits_of
 from locret.kernels.scattered import Scattered
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # its dot multiplies the bits of bf16 as if they were numbers
@@ -260,11 +260,11 @@ def decode_attention_triton(
             codes_tile(dim, coded.bits)
         )  # fmt: skip
     cut = k.stretch if isinstance(k, Scattered) else None
-    if coded is not None:
-        at_once = per_multiprocessor(tile.warps, tile.registers) * _processors(q.device)
-        cut = stretch_of(slots, batch * heads, tile.slots, at_once)
     stretch = tile.stretch or cut or _stretch(slots, batch * heads, tile.slots, q.device)
     splits = triton.cdiv(slots, stretch)
+    if coded is not None and not tile.stretch:
+        at_once = per_multiprocessor(tile.warps, tile.registers) * _processors(q.device)
+        splits = splits_of(slots, batch * heads, tile.slots, at_once)
     part = torch.empty(batch * heads, splits, rows, dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(batch * heads, splits, rows, dtype=torch.float32, device=q.device)
     if out is None:
@@ -274,7 +274,7 @@ def decode_attention_triton(
     if coded is not None:
         assert isinstance(v, Codes)
         shape = (tile.slots, tile.warps, tile.registers)
-        split_codes(q, coded, v, scale, span, angles, softcap, bias, part, lse, stretch, *shape)
+        split_codes(q, coded, v, scale, span, angles, softcap, bias, part, lse, *shape)
     else:
         fixed = constants(dim, num_q // heads, t, tile.slots, k, angles)
         fixed |= dict(CAPPED=softcap is not None, UPCAST=INTERPRETED and q.dtype == torch.bfloat16)

@@ -211,7 +211,7 @@ def _wall(x, PROGRAM: tl.constexpr):
 def _split_codes(
     q_ptr, k_ptr, v_ptr, k_scale, k_zero, v_scale, v_zero, cos_ptr, sin_ptr, cos_words, sin_words,
     first_ptr, stop_ptr, bias_ptr, part_ptr, lse_ptr,
-    slots, stretch, heads, scale, softcap,
+    slots, heads, scale, softcap,
     q_b, q_h, q_t, k_b, k_h, v_b, v_h, ks_b, ks_h, ks_t, vs_b, vs_h, vs_t, bias_b, bias_h, table_t,
     T: tl.constexpr, G: tl.constexpr, M: tl.constexpr, N: tl.constexpr, C: tl.constexpr, E: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
@@ -230,8 +230,9 @@ def _split_codes(
         first = tl.load(first_ptr + head).to(tl.int64)
     if stop_ptr is not None:
         stop = tl.load(stop_ptr + head).to(tl.int64)
-    low = tl.maximum(tl.program_id(0).to(tl.int64) * stretch, first)
-    high = tl.minimum((tl.program_id(0).to(tl.int64) + 1) * stretch, stop)
+    part, parts, blocks = tl.program_id(0).to(tl.int64), tl.num_programs(0), tl.cdiv(slots, N)
+    low = tl.maximum(part * blocks // parts * N, first)  # as many blocks as any other program, give or take one
+    high = tl.minimum((part + 1) * blocks // parts * N, stop)
     # from here on slots are counted from `low`, in 32 bits; what would be read behind the last one is read there
     units = tl.maximum(high - low, 0).to(tl.int32)
     last = tl.maximum(units - 1, 0)
@@ -356,14 +357,13 @@ def _lanes_of(dim: int) -> tuple[int, int]:
     return dim // 8 // words, words
 
 
-def stretch_of(slots: int, heads: int, block: int, at_once: int) -> int:
-    """Slots of a program: as many rounds of programs as it takes, `at_once` of them run, all rounds full."""
-    rounds = 1
+def splits_of(slots: int, heads: int, block: int, at_once: int) -> int:
+    """Programs of a head: of as many rounds as it takes, `at_once` of them run, all rounds full."""
+    blocks, rounds = triton.cdiv(slots, block), 1
     while True:
-        wanted = triton.cdiv(slots * heads, at_once * rounds)
-        stretch = triton.cdiv(wanted, block) * block
-        if stretch <= max(LONGEST_STRETCH, block):
-            return stretch
+        splits = min(blocks, max(1, at_once * rounds // heads))
+        if triton.cdiv(blocks, splits) * block <= max(LONGEST_STRETCH, block):
+            return splits
         rounds += 1
 
 
@@ -386,7 +386,7 @@ def constants(
 
 def split_codes(
     q: Tensor, k: Codes, v: Codes, scale: float, span: Span, angles: Angles | None, softcap: float | None,
-    bias: Tensor | None, part: Tensor, lse: Tensor, stretch: int, block: int, warps: int, registers: int,
+    bias: Tensor | None, part: Tensor, lse: Tensor, block: int, warps: int, registers: int,
 ) -> None:  # fmt: skip
     """Fill `part` [B Hkv, stretches, G T, D] and `lse` [B Hkv, stretches, G T], fp32, for `_merge`.
 
@@ -401,7 +401,7 @@ def split_codes(
     words = [x.codes.view(torch.int32) for x in (k, v)]
     _split_codes[(part.shape[1], batch * heads)](
         q, *words, k.scale, k.zero, v.scale, v.zero, *tables, first, stop, bias, part, lse,
-        slots, stretch, heads, scale, softcap or 0.0,
+        slots, heads, scale, softcap or 0.0,
         *q.stride()[:3], *words[0].stride()[:2], *words[1].stride()[:2], *k.scale.stride()[:3], *v.scale.stride()[:3],
         *((0, 0) if bias is None else bias.stride()[:2]), 0 if angles is None else angles.cos.stride(0) // 2,
         CAPPED=softcap is not None, **constants(dim, num_q // heads, t, block, k, rotated=angles is not None),
