@@ -254,6 +254,12 @@ def test_it_reads_ragged_layers_as_they_lie_and_gives_what_prefill_gives(storage
         torch.testing.assert_close(decode_attention(q, k, v, scale=0.3, span=span, angles=angles), want)
 
 
+def by_table(x):
+    """Codes that kernels find by addresses alone: the tensors that are handed over hold zeros."""
+    table = addresses(x.parts).unflatten(0, (3, -1))
+    return Codes(*(torch.empty_strided(y.shape, y.stride(), dtype=y.dtype).zero_() for y in x.parts), x.bits, table)
+
+
 SCATTERED = [
     Case(batch=4, slots=70, dim=16),
     Case(batch=3, slots=1100, dim=64, heads=(8, 2), rotated=64),  # several stretches
@@ -297,7 +303,7 @@ INTERPRETED = """
 import dataclasses, json, torch
 from locret.kernels.decode_attention import Span, reference_decode_attention
 from locret.kernels.decode_attention_triton import Tile, decode_attention_triton
-from test_decode_attention import CASES, SCATTERED, Case, TOLERANCE, error, inputs, scattered
+from test_decode_attention import CASES, SCATTERED, Case, TOLERANCE, by_table, error, inputs, scattered
 out = {}
 def run(name, given, stretch, want=None):
     poisoned = torch.full(given["q"].shape, float("nan"), dtype=given["q"].dtype)
@@ -308,6 +314,13 @@ for case in CASES:
     for dtype in TOLERANCE:
         for stretch in (48, None):
             run(f"{dtype} {stretch} {case}", inputs(case, dtype), stretch)
+for case in (case for case in CASES if case.bits):
+    for dtype in TOLERANCE:
+        given = inputs(case, dtype)
+        want = reference_decode_attention(**given)
+        one = decode_attention_triton(*given.values())
+        other = run(f"by table {dtype} {case}", given | {name: by_table(given[name]) for name in "kv"}, None, want)
+        out[f"by table, the same, {dtype} {case}"] = 0.0 if torch.equal(one, other) else float("inf")
 for case in SCATTERED:
     for dtype in TOLERANCE:
         given, want = scattered(case, dtype)
@@ -335,7 +348,8 @@ def test_the_interpreted_kernel_equals_the_reference(interpreted):
     wrong = {name: value for name, value in interpreted.items()
              if not value < TOLERANCE[torch.bfloat16 if "bfloat16" in name else torch.float32]}  # fmt: skip
     assert not wrong
-    assert len(interpreted) == 4 * len(CASES) + 6 * len(SCATTERED) + 2
+    coded = sum(case.bits is not None for case in CASES)
+    assert len(interpreted) == 4 * len(CASES) + 4 * coded + 6 * len(SCATTERED) + 2
     assert interpreted["zeros"] == 0
 
 

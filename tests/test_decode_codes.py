@@ -111,12 +111,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from locret.kernels.decode_attention import Codes
 from locret.kernels.decode_codes_triton import _split_codes, constants
-def build(bits, dim, rotated, capability, spans):
+def build(bits, dim, rotated, capability, spans, tables=False):
     k = Codes(torch.empty(1, 1, 1, dim * bits // 8), torch.empty(1, 1, 1, max(4, dim // 32)), torch.empty(0), bits)
     pointers = "q_ptr part_ptr lse_ptr k_scale k_zero v_scale v_zero".split() + rotated * ["cos_ptr", "sin_ptr"]
     types = dict.fromkeys(pointers, "*bf16") | dict(k_ptr="*i32", v_ptr="*i32", part_ptr="*fp32", lse_ptr="*fp32")
     types |= dict.fromkeys(rotated * ["cos_words", "sin_words"], "*i32") | dict(stop_ptr="*i64")
     types |= dict(first_ptr="*i64", bias_ptr="*fp32") if spans else {}
+    types |= dict(k_table="*i64", v_table="*i64") if tables else {}
     names = _split_codes.arg_names
     numbers = ["slots", "heads", *(n for n in names if re.fullmatch("[a-z]+_[bht]", n))]
     types |= dict.fromkeys(numbers, "i32") | dict(scale="fp32", softcap="fp32")
@@ -132,6 +133,7 @@ def build(bits, dim, rotated, capability, spans):
 for capability in (80, 90):
     for bits in (8, 4):
         build(bits, 128, True, capability, bits == 8)
+build(4, 128, True, 90, False, tables=True)
 build(4, 64, True, 90, False)
 build(8, 256, False, 90, False)
 """
@@ -141,7 +143,7 @@ build(8, 256, False, 90, False)
 def test_it_compiles_for_gpus_that_are_not_here(tmp_path):
     """On tensor cores, words in loads of 16 bytes; no number passes shared memory one by one up to head dim 128."""
     lines = compile_only(COMPILED, tmp_path)
-    assert len(lines) == 6
+    assert len(lines) == 7
     for dim, shared, cores, single, wide in lines:
         assert int(shared) <= 48 * 1024
         assert cores == "True"

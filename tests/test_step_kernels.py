@@ -114,6 +114,7 @@ def elements():
         found[f"append {dtype}"] = _appended(append_triton, dtype)
         found[f"append to scattered rows {dtype}"] = _scattered(append_triton, dtype)
         found |= {f"append {dtype} {case}": _encoded(append_codes_triton, dtype, *case) for case in CODES}
+        found |= {f"append {dtype} {case} by table": _encoded(_append_by_table, dtype, *case) for case in CODES}
     return found
 
 
@@ -148,6 +149,17 @@ def _scattered(run, dtype):
 
 
 CODES = [(8, 24, 6), (4, 24, 8), (4, 128, 32), (8, 20, None), (4, 96, 32)]  # bits, head dim, group
+
+
+def _append_by_table(q, k, v, k_slab, v_slab, *rest):
+    """To slabs that the kernel finds by addresses alone: the tensors that it is given are others."""
+    from locret.kernels.append_codes_triton import append_codes_triton
+
+    slabs = [
+        Codes(*(x.clone() for x in slab.parts), slab.bits, addresses(slab.parts).unflatten(0, (3, -1)).to(DEVICE))
+        for slab in (k_slab, v_slab)
+    ]
+    append_codes_triton(q, k, v, *slabs, *rest)
 
 
 def _encoded(run, dtype, bits, dim, group, *encode):
@@ -233,8 +245,10 @@ build(_project, project, fixed | dict(SIZES=(4096, 1024, 1024), BLOCKS=(0, 256, 
 build(_gated, gated, fixed)
 scores = dict(x_ptr="*bf16", w_ptr="*bf16", w_n="i32", out_ptr="*fp32", rows="i32", tokens="i32", e="i32")
 build(_silu_scores, scores, dict(N=8, BLOCK_M=32, BLOCK_K=256))
-types = dict.fromkeys(_append_codes.arg_names[:15], "*bf16") | dict.fromkeys(("k_codes", "v_codes"), "*u8")
-types |= dict(at_ptr="*i64", slot_ptr="*i64") | dict.fromkeys(_append_codes.arg_names[14:39], "i32")
+names = _append_codes.arg_names
+types = dict.fromkeys(names[:names.index("slot_ptr")], "*bf16") | dict.fromkeys(("k_codes", "v_codes"), "*u8")
+types |= dict.fromkeys(("at_ptr", "slot_ptr", "k_table", "v_table"), "*i64")
+types |= dict.fromkeys(names[names.index("heads"):names.index("G")], "i32")
 build(_append_codes, types, dict(G=4, DIM=128, BLOCK=128, BITS=4, GROUP=32, BLOCK_G=4, BLOCK_C=32, BLOCK_B=64,
                                  STASH=True))
 """

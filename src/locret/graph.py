@@ -16,6 +16,7 @@ Shapes: B rows, L layers, Hkv heads, R stashed steps, D head dim, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from locret.backbone import Backbone
 from locret.cache import KVCache, LayerCache, Packed, Units
-from locret.kernels.decode_attention import Slab
+from locret.kernels.decode_attention import Codes, Slab
 from locret.kernels.scattered import STRETCH, Scattered, addresses
 from locret.methods.base import ChunkView, Method
 from locret.select import finite
@@ -52,7 +53,8 @@ class StepGraph:
         self._step = take(reader.backbone, kind, owner=self) if capture else Step(reader.backbone, *kind, capture=False)
         if self._step.stash is not None:
             cache.note_scratch(self._step.stash.nbytes)
-        self._by_address = kind[2] is None and (not capture or reads_tables(reader.backbone))
+        self._coded = kind[2] is not None
+        self._by_address = not capture or reads_tables(reader.backbone)
         self._pending = 0
         # whether all scores since the last `flush` are finite, and whether there are any
         self._unlooked = False
@@ -107,20 +109,19 @@ class StepGraph:
 
     def _refresh(self) -> None:
         """Counters and addresses from the cache; a new capture if the last one was made for others."""
-        layers, tables = self._cache.layers, None
-        slabs: Sequence[Slab]
+        layers, found = self._cache.layers, _slabs(self._cache)
+        slabs: Sequence[Slab] = found
+        tables = torch.zeros(self._step.tables.shape, dtype=torch.int64)
+        seen = [len(held.slab) for held in layers]
         if self._by_address:
-            seen = [-(-len(held.slab) // STRETCH) * STRETCH for held in layers]  # few sizes, for few captures
-            plain = dense_slabs(self._cache)
-            tables = addresses(plain).unflatten(0, (len(plain), -1))
-            slabs = [
-                Scattered(slab.split(1), table, slots, stretch=None)
-                for slab, table, slots in zip(plain, self._step.tables, [*seen, *seen], strict=True)
-            ]
+            parts = [x for slab in found for x in (slab.parts if isinstance(slab, Codes) else (slab,))]
+            tables = addresses(parts).unflatten(0, (len(parts), -1))
+            own = self._step.tables.split(len(parts) // len(found))  # every slab's
+            if not self._coded:
+                seen = [-(-slots // STRETCH) * STRETCH for slots in seen]  # few sizes, for few captures
+            slabs = [by_address(*of_slab) for of_slab in zip(found, own, [*seen, *seen], strict=True)]
         else:  # sizes, too: the next reader's slabs may begin where the last one's did
-            seen = [len(held.slab) for held in layers]
             seen += [x.data_ptr() for held in layers for x in _numbers(held.slab)]
-            slabs = _slabs(self._cache)
         self._rope.grow(max(seen[: len(layers)]) + 1)
         self._step.state.copy_(row_state(self._cache, self._pending, tables), non_blocking=True)
         self._step.prepare(self._backbone, self._rope, _pairs(slabs), seen)
@@ -153,15 +154,14 @@ def count(cache: KVCache, steps: int) -> None:
     cache.seen += steps
 
 
-def row_state(cache: KVCache, pending: int, tables: Tensor | None = None) -> Tensor:
-    """`Step.state` of the rows of a cache whose last `pending` units are stashed, int64 on the host, [4 L + 2, B, Hkv].
+def row_state(cache: KVCache, pending: int, tables: Tensor) -> Tensor:
+    """`Step.state` of the rows of a cache whose last `pending` units are stashed, int64 on the host.
 
-    tables: `addresses` of its slabs, [2 L, B, Hkv]; None: nobody looks for them there.
+    tables: `addresses` of its slabs, [2 L P, B, Hkv].
     """
     held, rows = [layer.held for layer in cache.layers], (cache.batch, cache.layers[0].heads)
     numbers = torch.tensor([*held, *(n + 1 for n in held), pending, 1])[:, None, None].expand(-1, *rows)
-    none = torch.zeros(2 * len(held), *rows, dtype=torch.int64)
-    return torch.cat((none if tables is None else tables, numbers))
+    return torch.cat((tables, numbers))
 
 
 def write(backbone: Backbone, method: Method, cache: KVCache, pending: int, stash: Stash | None) -> Tensor:
@@ -200,14 +200,21 @@ def dense_slabs(cache: KVCache) -> list[Tensor]:
     return [slab for slab in _slabs(cache) if isinstance(slab, Tensor)]
 
 
-def _slabs(cache: KVCache) -> list[Slab]:
+def _slabs(cache: KVCache) -> list[Tensor | Codes]:
     """K of all layers and then V, wherever they lie by now."""
 
-    def of(held: LayerCache, name: str) -> Slab:
+    def of(held: LayerCache, name: str) -> Tensor | Codes:
         stored, codec = getattr(held.slab, name), codec_of(held)
         return stored if codec is None else codes(stored, codec)
 
     return [of(held, name) for name in ("k", "v") for held in cache.layers]
+
+
+def by_address(slab: Tensor | Codes, table: Tensor, slots: int) -> Slab:
+    """A slab that kernels find by addresses in a table, [1, B, Hkv] or, of codes, [3, B, Hkv]."""
+    if isinstance(slab, Codes):
+        return dataclasses.replace(slab, table=table)
+    return Scattered(slab.split(1), table[0], slots, stretch=None)
 
 
 def _pairs(slabs: Sequence[Slab]) -> Slabs:

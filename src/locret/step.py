@@ -5,7 +5,7 @@ differs, and that is read on the device. So a step is captured once and then rep
 It appends k and v behind the units, attends over the slots in use, and counts up.
 
 Whose units it reads may change: readers take a step and give it back (`take`), and the next one replays what was
-captured for the last, if its slabs are found by address (`Scattered`).
+captured for the last, if its slabs are found by address (`Scattered`, or the table of `Codes`).
 
 Codes (`storage.Affine`) are written and read as such. A step encodes its unit first and attends to it as it is stored,
 as every later step does; an ordinary step sees the newest unit, one of all, as it came. Scores are made from exact keys
@@ -81,9 +81,9 @@ class Stash:
 class Step:
     """One decode step of B rows, in buffers whose addresses never change.
 
-    Everything that differs from step to step and from row to row is in `state`, int64 [4 L + 2, B, Hkv]:
+    Everything that differs from step to step and from row to row is in `state`, int64 [(2 P + 2) L + 2, B, Hkv]:
 
-        tables   [2 L]  addresses of the heads' slabs, K of all layers and then V (`Scattered`)
+        tables [2 L P]  addresses of the heads' slabs, K of all layers and then V; P parts, of codes 3 and else 1
         at       [L]    the slot of the next unit
         stop     [L]    the one behind it
         slot            of the stash
@@ -103,8 +103,9 @@ class Step:
         self._slabs: Slabs | None = None
         self._codec, self._capture = codec, capture
         self._tokens = torch.zeros(rows, 1, dtype=torch.int64, device=device)
-        self.state = torch.zeros(4 * layers + 2, rows, heads, dtype=torch.int64, device=device)
-        self.tables, self._counters, self._advance = self.state.split([2 * layers, 2 * layers + 1, 1])
+        sizes = [2 * layers * (1 if codec is None else 3), 2 * layers + 1, 1]
+        self.state = torch.zeros(sum(sizes), rows, heads, dtype=torch.int64, device=device)
+        self.tables, self._counters, self._advance = self.state.split(sizes)
         self._at, self._stop, slot = self._counters.split([layers, layers, 1])
         self._slot = slot[0]
         self.stash = Stash.empty(backbone, rows, stashed, coded=codec is not None) if stashed else None

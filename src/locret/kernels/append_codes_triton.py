@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from locret.kernels.decode_attention import Codes
+from locret.kernels.decode_codes_triton import first_unit
 
 
 @triton.jit
@@ -68,25 +69,29 @@ def _copy(x_ptr, out_ptr, DIM: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _append_codes(
-    q_ptr, k_ptr, v_ptr, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, at_ptr, q_stash, k_stash, v_stash,
-    slot_ptr, heads,
+    q_ptr, k_ptr, v_ptr, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, k_table, v_table, at_ptr,
+    q_stash, k_stash, v_stash, slot_ptr, heads,
     q_b, q_h, k_b, k_h, v_b, v_h, kc_b, kc_h, kc_t, ks_b, ks_h, ks_t, vc_b, vc_h, vc_t, vs_b, vs_h, vs_t,
     qst_b, qst_h, qst_t, kst_b, kst_h, kst_t,
     G: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_B: tl.constexpr, STASH: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     batch, head = row // heads, row % heads
     at = tl.load(at_ptr + row)
     k_ptr += batch * k_b + head * k_h
     v_ptr += batch * v_b + head * v_h
     if tl.program_id(1) == 0:
-        levels = batch * ks_b + head * ks_h + at * ks_t
-        _encode(k_ptr, k_codes + batch * kc_b + head * kc_h + at * kc_t, k_scale + levels, k_zero + levels,
+        codes, scale, zero = first_unit(
+            k_codes, k_scale, k_zero, k_table, row, rows, batch * kc_b + head * kc_h, batch * ks_b + head * ks_h
+        )  # fmt: skip
+        _encode(k_ptr, codes + at * kc_t, scale + at * ks_t, zero + at * ks_t,
                 BITS, GROUP, DIM, BLOCK_G, BLOCK_C, BLOCK_B)  # fmt: skip
     else:
-        levels = batch * vs_b + head * vs_h + at * vs_t
-        _encode(v_ptr, v_codes + batch * vc_b + head * vc_h + at * vc_t, v_scale + levels, v_zero + levels,
+        codes, scale, zero = first_unit(
+            v_codes, v_scale, v_zero, v_table, row, rows, batch * vc_b + head * vc_h, batch * vs_b + head * vs_h
+        )  # fmt: skip
+        _encode(v_ptr, codes + at * vc_t, scale + at * vs_t, zero + at * vs_t,
                 BITS, GROUP, DIM, BLOCK_G, BLOCK_C, BLOCK_B)  # fmt: skip
     if STASH:
         slot = tl.load(slot_ptr + row)
@@ -112,7 +117,7 @@ def append_codes_triton(
     places = (q, k, v) if stash is None else tuple(stash)
     assert places[1].stride() == places[2].stride() or stash is None, "a stash's keys and values lie alike"
     _append_codes[(batch * heads, 2)](
-        q, k, v, k_slab.codes, k_slab.scale, k_slab.zero, v_slab.codes, v_slab.scale, v_slab.zero, at, *places,
+        q, k, v, *k_slab.parts, *v_slab.parts, k_slab.table, v_slab.table, at, *places,
         slot, heads,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *k_slab.codes.stride()[:3], *k_slab.scale.stride()[:3],
         *v_slab.codes.stride()[:3], *v_slab.scale.stride()[:3], *places[0].stride()[:3], *places[1].stride()[:3],

@@ -47,6 +47,13 @@ class Codes:
     scale: Tensor  # [B, Hkv, S, D / group size]
     zero: Tensor  # like scale
     bits: int  # 8 or 4
+    table: Tensor | None = None  # where kernels look for every head's codes, scales and zeros: int64, [3, B, Hkv],
+    # contiguous (`scattered.addresses`); then a captured kernel reads other slabs of the same size as well
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """In the order of `table`."""
+        return self.codes, self.scale, self.zero
 
     @property
     def head_dim(self) -> int:

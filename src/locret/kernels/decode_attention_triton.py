@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from locret.kernels.decode_attention import Angles, Codes, Slab, Span
-from locret.kernels.decode_codes_triton import REGISTERS, fits, per_multiprocessor, split_codes, splits_of
+from locret.kernels.decode_codes_triton import REGISTERS, first_unit, fits, per_multiprocessor, split_codes, splits_of
 from locret.kernels.scattered import Scattered
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # its dot multiplies the bits of bf16 as if they were numbers
@@ -87,8 +87,8 @@ def _rotate(a, b, cos_ptr, sin_ptr, table_t, position, pair, mask):
 
 @triton.jit
 def _split(
-    q_ptr, k_ptr, v_ptr, k_scale, k_zero, v_scale, v_zero, cos_ptr, sin_ptr, first_ptr, stop_ptr, position_ptr,
-    bias_ptr, part_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, k_scale, k_zero, v_scale, v_zero, k_table, v_table, cos_ptr, sin_ptr, first_ptr, stop_ptr,
+    position_ptr, bias_ptr, part_ptr, lse_ptr,
     slots, stretch, heads, scale, softcap,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, ks_b, ks_h, ks_t, vs_b, vs_h, vs_t, bias_b, bias_h, table_t,
     T: tl.constexpr, G: tl.constexpr, M: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr,
@@ -112,14 +112,17 @@ def _split(
     if SCATTERED:  # k_ptr and v_ptr are tables of addresses
         k_ptr = _at(k_ptr + head, q_ptr, ALIGNED)
         v_ptr = _at(v_ptr + head, q_ptr, ALIGNED)
-    else:
+    elif BITS == 0:
         k_ptr += i * k_b + h * k_h
         v_ptr += i * v_b + h * v_h
-    if BITS != 0:
-        k_scale += i * ks_b + h * ks_h
-        k_zero += i * ks_b + h * ks_h
-        v_scale += i * vs_b + h * vs_h
-        v_zero += i * vs_b + h * vs_h
+    else:
+        rows = tl.num_programs(1)
+        k_ptr, k_scale, k_zero = first_unit(
+            k_ptr, k_scale, k_zero, k_table, head, rows, i * k_b + h * k_h, i * ks_b + h * ks_h
+        )  # fmt: skip
+        v_ptr, v_scale, v_zero = first_unit(
+            v_ptr, v_scale, v_zero, v_table, head, rows, i * v_b + h * v_h, i * vs_b + h * vs_h
+        )  # fmt: skip
     if bias_ptr is not None:
         bias_ptr += i * bias_b + h * bias_h
 
@@ -284,7 +287,8 @@ def decode_attention_triton(
             None if x is None else x.contiguous() for x in (span.first_unit, span.stop, span.first_position)
         )
         _split[(splits, batch * heads)](
-            q, k_x, v_x, k_scale, k_zero, v_scale, v_zero, cos, sin, first, stop, position, bias, part, lse,
+            q, k_x, v_x, k_scale, k_zero, v_scale, v_zero, _table(k), _table(v), cos, sin, first, stop, position, bias,
+            part, lse,
             slots, stretch, heads, scale, softcap or 0.0,
             *q.stride()[:3], *_steps(k, k_x), *_steps(v, v_x), *_strides(k_scale), *_strides(v_scale),
             *((0, 0) if bias is None else bias.stride()[:2]), 0 if cos is None else cos.stride(0),
@@ -335,6 +339,10 @@ def _parts(x: Slab) -> tuple[Tensor, Tensor | None, Tensor | None]:
     if scale.stride() != zero.stride():
         scale, zero = scale.contiguous(), zero.contiguous()
     return _rows(x.codes), scale, zero
+
+
+def _table(x: Slab) -> Tensor | None:
+    return x.table if isinstance(x, Codes) else None
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -208,8 +208,21 @@ def _wall(x, PROGRAM: tl.constexpr):
 
 
 @triton.jit
+def first_unit(codes, scale, zero, table, row, rows, unit, level):
+    """Pointers to a head's first unit: `unit` and `level` away, or what a table [3, rows] of addresses says."""
+    if table is None:
+        return codes + unit, scale + level, zero + level
+    else:
+        return (
+            tl.load(table + row).to(tl.pointer_type(codes.dtype.element_ty)),
+            tl.load(table + rows + row).to(tl.pointer_type(scale.dtype.element_ty)),
+            tl.load(table + 2 * rows + row).to(tl.pointer_type(zero.dtype.element_ty)),
+        )  # fmt: skip
+
+
+@triton.jit
 def _split_codes(
-    q_ptr, k_ptr, v_ptr, k_scale, k_zero, v_scale, v_zero, cos_ptr, sin_ptr, cos_words, sin_words,
+    q_ptr, k_ptr, v_ptr, k_scale, k_zero, v_scale, v_zero, k_table, v_table, cos_ptr, sin_ptr, cos_words, sin_words,
     first_ptr, stop_ptr, bias_ptr, part_ptr, lse_ptr,
     slots, heads, scale, softcap,
     q_b, q_h, q_t, k_b, k_h, v_b, v_h, ks_b, ks_h, ks_t, vs_b, vs_h, vs_t, bias_b, bias_h, table_t,
@@ -237,12 +250,19 @@ def _split_codes(
     units = tl.maximum(high - low, 0).to(tl.int32)
     last = tl.maximum(units - 1, 0)
     low = tl.minimum(low, slots - 1)  # a stretch without units reads one that nobody sees
-    k_ptr = tl.multiple_of(k_ptr + i * k_b + h * k_h + low * UNIT, 16)
-    v_ptr = tl.multiple_of(v_ptr + i * v_b + h * v_h + low * UNIT, 16)
-    k_scale += i * ks_b + h * ks_h + low * ks_t
-    k_zero += i * ks_b + h * ks_h + low * ks_t
-    v_scale += i * vs_b + h * vs_h + low * vs_t
-    v_zero += i * vs_b + h * vs_h + low * vs_t
+    rows = tl.num_programs(1)
+    k_ptr, k_scale, k_zero = first_unit(
+        k_ptr, k_scale, k_zero, k_table, head, rows, i * k_b + h * k_h, i * ks_b + h * ks_h
+    )  # fmt: skip
+    v_ptr, v_scale, v_zero = first_unit(
+        v_ptr, v_scale, v_zero, v_table, head, rows, i * v_b + h * v_h, i * vs_b + h * vs_h
+    )  # fmt: skip
+    k_ptr = tl.multiple_of(k_ptr + low * UNIT, 16)
+    v_ptr = tl.multiple_of(v_ptr + low * UNIT, 16)
+    k_scale += low * ks_t
+    k_zero += low * ks_t
+    v_scale += low * vs_t
+    v_zero += low * vs_t
     if bias_ptr is not None:
         bias_ptr += i * bias_b + h * bias_h + low
 
@@ -400,7 +420,7 @@ def split_codes(
         angles.cos, angles.sin, angles.cos.view(torch.int32), angles.sin.view(torch.int32)]  # fmt: skip
     words = [x.codes.view(torch.int32) for x in (k, v)]
     _split_codes[(part.shape[1], batch * heads)](
-        q, *words, k.scale, k.zero, v.scale, v.zero, *tables, first, stop, bias, part, lse,
+        q, *words, k.scale, k.zero, v.scale, v.zero, k.table, v.table, *tables, first, stop, bias, part, lse,
         slots, heads, scale, softcap or 0.0,
         *q.stride()[:3], *words[0].stride()[:2], *words[1].stride()[:2], *k.scale.stride()[:3], *v.scale.stride()[:3],
         *((0, 0) if bias is None else bias.stride()[:2]), 0 if angles is None else angles.cos.stride(0) // 2,

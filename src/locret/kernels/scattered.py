@@ -44,12 +44,13 @@ class Scattered:
 
 
 def addresses(slabs: Sequence[Tensor]) -> Tensor:
-    """Rows for tables, int64 on the host, [len(slabs) B, Hkv]. slabs: [B, Hkv, S, D] each."""
+    """Rows for tables, int64 on the host, [len(slabs) B, Hkv]. slabs: [B, Hkv, S, ...] each."""
     rows, heads = slabs[0].shape[:2]
     for slab in slabs:
         assert slab.stride()[2:] == (slab.shape[3], 1), "a head's units lie together"
-        assert slab.data_ptr() % ALIGNMENT == 0, "allocators align more than that"
-    size = slabs[0].element_size()
-    first, row, head = torch.tensor([(x.data_ptr(), x.stride(0) * size, x.stride(1) * size) for x in slabs]).T
+        whole = slab.shape[3] * slab.element_size() % ALIGNMENT == 0
+        assert not whole or slab.data_ptr() % ALIGNMENT == 0, "allocators align more than that"
+    found = [(x.data_ptr(), *(step * x.element_size() for step in x.stride()[:2])) for x in slabs]
+    first, row, head = torch.tensor(found).T
     return (first[:, None, None] + row[:, None, None] * torch.arange(rows)[:, None]
             + head[:, None, None] * torch.arange(heads)).flatten(0, 1)  # fmt: skip
