@@ -16,7 +16,7 @@ from oracles import Recorder, reader_of, relative, tokens
 
 from locret.backbone import ATTENTION_NAME, Backbone
 from locret.config import POSITIONS
-from locret.errors import BackboneError
+from locret.errors import BackboneError, ConfigError
 
 MOE = {"qwen3-moe", "mixtral"}  # torch's grouped matmul takes no doubles, so these families have no fp64 reference
 # fp64 runs differ by fp64 rounding only, except where the *reference* leaves fp64: eager Gemma-2 (the only transformers
@@ -422,3 +422,9 @@ def test_rotation_tables_are_shared_while_somebody_has_them():
     gone = weakref.ref(rope)
     del rope
     assert gone() is None
+
+
+def test_a_dtype_may_be_torchs_own():
+    assert Backbone.load(dtype=torch.bfloat16, device="cpu").dtype == torch.bfloat16
+    with pytest.raises(ConfigError, match=r"unknown dtype 'int8'; valid: auto, bfloat16, float16, float32, float64"):
+        Backbone.load(dtype=torch.int8)

@@ -188,14 +188,14 @@ class Backbone:
 
     @classmethod
     def load(
-        cls, name_or_path: str | Path | None = None, *, device: str = "auto", dtype: str = "auto",
+        cls, name_or_path: str | Path | None = None, *, device: str = "auto", dtype: str | torch.dtype = "auto",
         options: Mapping[str, Any] | None = None,
     ) -> Backbone:  # fmt: skip
         """Load a model folder or hub id; no name: the small model that ships with locret.
 
         Args:
             device: "auto" (CUDA when there is one), "cpu", "cuda", "cuda:1".
-            dtype: "auto" (as stored; float32 on a CPU), "float32", "bfloat16", "float16".
+            dtype: "auto" (as stored; float32 on a CPU), "float32", "bfloat16", "float16", or torch's own.
             options: further keywords of `from_pretrained`: quantization_config, device_map, max_memory, revision ...
                 With a device_map the model stays where that puts it. tp_plan="auto", on the processes of torchrun:
                 each takes its share of every layer (tensor parallel).
@@ -204,6 +204,7 @@ class Backbone:
         where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         if where.type == "cuda" and not torch.cuda.is_available():
             raise ConfigError(f"device {device!r}: this torch ({torch.__version__}) sees no CUDA GPU; use --device cpu")
+        dtype = str(dtype).removeprefix("torch.")
         if dtype not in (*_DTYPES, "auto"):
             raise unknown("dtype", dtype, [*_DTYPES, "auto"])
         path = str(EMBEDDED if name_or_path is None else name_or_path)

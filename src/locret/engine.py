@@ -34,7 +34,8 @@ Prompt = str | Messages | list[int]
 
 def load(
     model: str | Path | None = None, *, heads: str | Path | RetainingHeads | None = None, method: str = "locret",
-    method_options: dict[str, Any] | None = None, device: str = "auto", dtype: str = "auto", **cache_options: Any,
+    method_options: dict[str, Any] | None = None, device: str = "auto",
+    dtype: str | torch.dtype = "auto", **cache_options: Any,
 ) -> LLM:  # fmt: skip
     """Load a model and its retaining heads.
 
