@@ -30,7 +30,7 @@ from locret.kernels.scattered import Scattered
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # its dot multiplies the bits of bf16 as if they were numbers
 LONGEST_STRETCH = 1024
-MERGED = 128  # stretches that a program of `_merge` has loaded at once: it waits for memory, not for sums
+MERGED = 16_384  # numbers that a program of `_merge` has loaded at once: it waits for memory, not for sums
 
 
 @triton.jit
@@ -294,10 +294,11 @@ def decode_attention_triton(
             *((0, 0) if bias is None else bias.stride()[:2]), 0 if cos is None else cos.stride(0),
             **fixed, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    at_once = min(max(triton.next_power_of_2(splits), 16), MERGED)
+    block_d = triton.next_power_of_2(dim)
+    at_once = min(max(triton.next_power_of_2(splits), 16), max(MERGED // block_d, 16))
     _merge[(batch * num_q * t,)](
-        part, lse, out, splits, ROWS=rows, DIM=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_S=at_once,
-        num_warps=4 if at_once <= 32 else 8,
+        part, lse, out, splits, ROWS=rows, DIM=dim, BLOCK_D=block_d, BLOCK_S=at_once,
+        num_warps=4 if at_once * block_d <= 4096 else 8,
     )  # fmt: skip
     return out
 
