@@ -186,7 +186,7 @@ def test_compacting_a_layers_slab_in_place_is_append_and_keep(storage):
 
     def units(n, start):
         k, v = (torch.randn(2, 3, n, 32, generator=g).bfloat16() for _ in range(2))
-        position = torch.arange(start, start + n).expand(2, 3, n)
+        position = torch.arange(start, start + n, dtype=torch.int32).expand(2, 3, n)
         return Units(k, v, torch.randn(2, 3, n, generator=g), position, position < 3)
 
     cache = KVCache(windows=[None], batch=2, num_kv_heads=3, head_dim=32, capacity=20, chunk_size=12,

@@ -141,7 +141,7 @@ def test_the_arithmetic_of_the_cache_multiplies_out() -> None:
     plan = make_plan(Shape.of(shape_config("2x64x96x8x2x264")), SLOW, context=500, users=3, budget=100)
     item = plan.items[1]
     assert "3 users x (2 layers x 101 units x 2 KV heads x 41 B a unit" in item.arithmetic
-    assert f"= {2 * 101 * 2 * 45:,}," in item.arithmetic
+    assert f"= {2 * 101 * 2 * 41:,}," in item.arithmetic
 
 
 def test_what_is_given_replaces_the_table() -> None:
