@@ -10,6 +10,10 @@ BIN := $(VENV)/bin
 # The stamp's name carries a checksum of what decides the environment: a changed dependency makes a new one due.
 STAMP := $(VENV)/.locret-$(shell cat pyproject.toml constraints.txt | cksum | tr -s ' ' '-')
 
+# A process a core, each with one thread: tests are small, and a second thread of one process finds nothing to do. A file
+# stays with one process, for what its tests share.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
+
 .PHONY: help demo test check format gpu-test eval-quick wheel wheel-test docs clean
 
 help:  ## this list
@@ -19,13 +23,13 @@ demo: $(STAMP)  ## the embedded model answers questions about a long document fr
 	@$(BIN)/locret demo
 
 test: $(STAMP)  ## all tests that need no GPU
-	@$(BIN)/python -m pytest -q
+	@$(PYTEST)
 
 check: $(STAMP)  ## format, lint, types, tests
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest -q
+	@$(PYTEST)
 
 format: $(STAMP)  ## let ruff rewrite the files
 	@$(BIN)/ruff format .

@@ -197,7 +197,7 @@ def test_hqq_steps_are_those_of_a_plain_loop():
 # ---------------------------------------------------------------------- units are independent
 
 
-@pytest.mark.parametrize("codec", [*CODECS.values(), Affine(4, 8, "hqq")], ids=lambda c: f"{c.name}-{id(c) % 97}")
+@pytest.mark.parametrize("codec", [*CODECS.values(), Affine(4, 8, "hqq")], ids=[*CODECS, "hqq4 in groups of 8"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_unit_is_the_same_alone_in_chunks_and_after_evictions(codec, dtype):
     """U9: encoding, then evicting, is evicting, then encoding; bit for bit."""
