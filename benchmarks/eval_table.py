@@ -69,7 +69,7 @@ def mean_rows(cells: list[dict[str, Any]]) -> list[list[Any]]:
 
 
 def put(study: Study) -> None:
-    """One line a cell, so that a change of one number is a change of one line."""
+    """Add a run's cells to the file's. One line a cell, so that a change of one number is a change of one line."""
     old: dict[str, Any] = {"runs": [], "cells": []}
     if RESULT.exists():
         old = json.loads(RESULT.read_text(encoding="utf-8"))
@@ -79,7 +79,8 @@ def put(study: Study) -> None:
         before = rows.get(tuple(row[i] for i in key))
         if before is None or before[CELL.index("n")] <= row[CELL.index("n")]:
             rows[tuple(row[i] for i in key)] = row
-    runs = [*old["runs"], {"provenance": study.runs[0].get("provenance", {}), "grid": study.grids[0]}]
+    run = {"provenance": study.runs[0].get("provenance", {}), "grid": study.grids[0]}
+    runs = [*(one for one in old["runs"] if one != run), run]
     means = mean_rows([dict(zip(CELL, row, strict=True)) for row in rows.values()])
     parts = {"runs": runs, "means": means, "cells": list(rows.values())}
     lists = (f'"{name}": [\n{_lines(values)}\n]' for name, values in parts.items())
