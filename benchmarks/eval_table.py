@@ -1,6 +1,6 @@
 """The large table of `locret eval`: a small file of every cell, and the tables of docs/results.md.
 
-    python benchmarks/eval_table.py RUN ...     put the cells of finished or cut-off runs into the file; the tables
+    python benchmarks/eval_table.py RUN ...     put cells of finished or cut-off runs into the file, write the tables
     python benchmarks/eval_table.py             only write the tables from the file
 
 RUN is a folder with results.json and run.json. `bash recipes/grids/table.sh RUN` makes it. A cell that the file has

@@ -20,6 +20,7 @@ import platform
 import statistics
 import subprocess
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -209,7 +210,7 @@ class _Run:
     failed: dict[int, str] = field(default_factory=dict)
 
 
-class _Engine:
+class _Engine(ABC):
     name: str
 
     def __init__(self, llm: LLM, shape: Shape) -> None:
@@ -220,25 +221,27 @@ class _Engine:
         """What its cache is, for the floor."""
         return self.llm.method, self.llm.config
 
+    @abstractmethod
     def start(self, ids: Tensor, new_tokens: int) -> Tensor:
         """Read [1, T] from nothing; the logits of the last token, [1, V]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def grow(self, batch: int) -> None:
         """Go on with copies of what was read; for batch 1 with itself, and then nothing is left to copy."""
-        raise NotImplementedError
 
+    @abstractmethod
     def shrink(self) -> None:
         """Let go of the copies of the last `grow`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(self, tokens: Tensor) -> Tensor:
         """Tokens [B] to logits [B, V]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def kv_bytes(self) -> int:
-        raise NotImplementedError
+        """Of the cache as allocated."""
 
+    @abstractmethod
     def stop(self) -> None:
         """Let go of all memory."""
 

@@ -254,10 +254,9 @@ class Packed(Table):
                 setattr(self, name, x.like(x.parts, {key: tables[f"{name}.table.{key}"] for key in x.tables}))
 
 
-def _lie_alike(chosen: list[Store]) -> bool:
-    """Whether the slabs of layers are alike, and each consists of its units and nothing else."""
-    dense = layer_store("dense")
-    return all(store == dense for store in chosen) or all(
+def _lie_alike(chosen: list[Store] | None) -> bool:
+    """Whether the slabs of layers are alike, and each consists of its units and nothing else. None: all are dense."""
+    return chosen is None or all(
         isinstance(codec, Affine) and codec == of_first
         for store in chosen for codec, of_first in zip(store, chosen[0], strict=True)
     )  # fmt: skip
@@ -589,7 +588,13 @@ class KVCache:
             capacity)  # fmt: skip
         rooms = [units + spare if window is None else window - 1 for units, window in zip(each, windows, strict=True)]
         self._whole: Units | Packed | None = None  # all slabs in one piece, layer after layer
-        if capacity is not None and not ragged and not any(windows) and len(set(rooms)) == 1 and _lie_alike(chosen):
+        if (
+            capacity is not None
+            and not ragged
+            and not any(windows)
+            and len(set(rooms)) == 1
+            and _lie_alike(self.stores)
+        ):
             self._whole = self._new(0, rooms[0], rows=batch * len(windows))
             self.layers = [LayerCache(slab) for slab in self._whole.split_rows(batch)]
         else:
@@ -625,7 +630,8 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the slabs as allocated: keys, values, scores, positions, flags and the method's own numbers."""
-        return _storage_bytes(tensor for layer in self.layers for tensor in layer.memory())
+        parts = self.layers if self._whole is None else [self._whole]
+        return _storage_bytes(tensor for part in parts for tensor in part.memory())
 
     @property
     def workspace_bytes(self) -> int:

@@ -53,7 +53,6 @@ class StepGraph:
         self._step = take(reader.backbone, kind, owner=self) if capture else Step(reader.backbone, *kind, capture=False)
         if self._step.stash is not None:
             cache.note_scratch(self._step.stash.nbytes)
-        self._coded = kind[2] is not None
         self._by_address = not capture or reads_tables(reader.backbone)
         self._pending = 0
         # whether all scores since the last `flush` are finite, and whether there are any
@@ -117,9 +116,9 @@ class StepGraph:
             parts = [x for slab in found for x in (slab.parts if isinstance(slab, Codes) else (slab,))]
             tables = addresses(parts).unflatten(0, (len(parts), -1))
             own = self._step.tables.split(len(parts) // len(found))  # every slab's
-            if not self._coded:
-                seen = [-(-slots // STRETCH) * STRETCH for slots in seen]  # few sizes, for few captures
-            slabs = [by_address(*of_slab) for of_slab in zip(found, own, [*seen, *seen], strict=True)]
+            if isinstance(found[0], Tensor):  # few sizes, for few captures; the kernel of codes reads no slot too many
+                seen = [-(-slots // STRETCH) * STRETCH for slots in seen]
+            slabs = [_in_table(*of_slab) for of_slab in zip(found, own, [*seen, *seen], strict=True)]
         else:  # sizes, too: the next reader's slabs may begin where the last one's did
             seen += [x.data_ptr() for held in layers for x in _numbers(held.slab)]
         self._rope.grow(max(seen[: len(layers)]) + 1)
@@ -210,7 +209,7 @@ def _slabs(cache: KVCache) -> list[Tensor | Codes]:
     return [of(held, name) for name in ("k", "v") for held in cache.layers]
 
 
-def by_address(slab: Tensor | Codes, table: Tensor, slots: int) -> Slab:
+def _in_table(slab: Tensor | Codes, table: Tensor, slots: int) -> Slab:
     """A slab that kernels find by addresses in a table, [1, B, Hkv] or, of codes, [3, B, Hkv]."""
     if isinstance(slab, Codes):
         return dataclasses.replace(slab, table=table)

@@ -253,10 +253,8 @@ class Reader:
 
     def _whole(self) -> LayerCache | None:
         """All layers as one, where they are cut back alike and nothing but the kept units takes memory for it."""
-        alike = len(set(self.budgets)) == 1 and not _chooses(self.method)
-        if not alike or not use_triton("compact", next(iter(self.cache.layers[0].slab))):
-            return None
-        return self.cache.whole()
+        same = len(set(self.budgets)) == 1 and not _chooses(self.method)
+        return self.cache.whole() if same and use_triton("compact", next(iter(self.cache.layers[0].slab))) else None
 
     def unread(self) -> None:
         """Take back the last `step`: the token is not in the cache any more."""
@@ -517,8 +515,8 @@ class ChunkPass:
     def _marks(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Position and protection of the chunk's tokens, [C], the same for all layers on a device."""
         if device not in self._marked:
-            at = torch.arange(self.start, self.start + self.chunk, device=device) if self.at is None else self.at
-            at = at.int()  # as the cache has them
+            span = self.start, self.start + self.chunk
+            at = torch.arange(*span, dtype=torch.int32, device=device) if self.at is None else self.at.int()
             none = torch.zeros(self.chunk, dtype=torch.bool, device=device)
             self._marked[device] = at, none if self.protected is None else self.protected.to(device)
         return self._marked[device]

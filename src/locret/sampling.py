@@ -6,6 +6,7 @@ tokens here and there. Shapes: B rows, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import cast
@@ -51,9 +52,8 @@ class Sampler:
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
         """ids [B, tokens so far] (read by the repetition penalty only), logits [B, V]; returns [B]."""
-        if self.plain:
-            return likeliest(logits)
-        logits = self._filters(cast(torch.LongTensor, ids), cast(torch.FloatTensor, logits.float()))
+        if not self.plain:
+            logits = self._filters(cast(torch.LongTensor, ids), cast(torch.FloatTensor, logits.float()))
         if self._greedy:
             return likeliest(logits)
         weights = logits.softmax(-1)
@@ -66,8 +66,14 @@ def likeliest(logits: Tensor) -> Tensor:
 
     In two stages, as a GPU gives a row of a hundred thousand numbers to one block of threads.
     """
-    pieces = next((n for n in range(256, 15, -1) if logits.shape[-1] % n == 0), 1) if logits.is_cuda else 1
+    pieces = _pieces(logits.shape[-1]) if logits.is_cuda else 1
     return logits.argmax(-1) if pieces == 1 else likeliest_of_pieces(logits, pieces)
+
+
+@functools.cache
+def _pieces(vocab: int) -> int:
+    """Of equal length, at most 256; 1: there are none."""
+    return next((n for n in range(256, 15, -1) if vocab % n == 0), 1)
 
 
 def likeliest_of_pieces(logits: Tensor, pieces: int) -> Tensor:

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from locret.kernels.decode_attention import Codes
-from locret.kernels.decode_codes_triton import first_unit
+from locret.kernels.scattered_triton import first_codes
 
 
 @triton.jit
@@ -82,14 +82,14 @@ def _append_codes(
     k_ptr += batch * k_b + head * k_h
     v_ptr += batch * v_b + head * v_h
     if tl.program_id(1) == 0:
-        codes, scale, zero = first_unit(
-            k_codes, k_scale, k_zero, k_table, row, rows, batch * kc_b + head * kc_h, batch * ks_b + head * ks_h
+        codes, scale, zero = first_codes(
+            k_codes, k_scale, k_zero, k_table, row, rows, heads, kc_b, kc_h, ks_b, ks_h
         )  # fmt: skip
         _encode(k_ptr, codes + at * kc_t, scale + at * ks_t, zero + at * ks_t,
                 BITS, GROUP, DIM, BLOCK_G, BLOCK_C, BLOCK_B)  # fmt: skip
     else:
-        codes, scale, zero = first_unit(
-            v_codes, v_scale, v_zero, v_table, row, rows, batch * vc_b + head * vc_h, batch * vs_b + head * vs_h
+        codes, scale, zero = first_codes(
+            v_codes, v_scale, v_zero, v_table, row, rows, heads, vc_b, vc_h, vs_b, vs_h
         )  # fmt: skip
         _encode(v_ptr, codes + at * vc_t, scale + at * vs_t, zero + at * vs_t,
                 BITS, GROUP, DIM, BLOCK_G, BLOCK_C, BLOCK_B)  # fmt: skip

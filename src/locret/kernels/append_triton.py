@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from locret.kernels.scattered import Scattered
+from locret.kernels.scattered_triton import pointer_at
 
 
 @triton.jit
@@ -26,8 +27,8 @@ def _append(
     key = tl.load(k_ptr + batch * k_b + head * k_h + d, mask=real, other=0.0)
     value = tl.load(v_ptr + batch * v_b + head * v_h + d, mask=real, other=0.0)
     if SCATTERED:  # the slabs are tables of addresses
-        k_slab = tl.load(k_slab + row).to(tl.pointer_type(k_ptr.dtype.element_ty))
-        v_slab = tl.load(v_slab + row).to(tl.pointer_type(v_ptr.dtype.element_ty))
+        k_slab = pointer_at(k_slab + row, k_ptr, False)
+        v_slab = pointer_at(v_slab + row, v_ptr, False)
     else:
         k_slab += batch * ks_b + head * ks_h
         v_slab += batch * vs_b + head * vs_h

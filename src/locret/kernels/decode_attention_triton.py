@@ -25,21 +25,13 @@ import triton.language as tl
 from torch import Tensor
 
 from locret.kernels.decode_attention import Angles, Codes, Slab, Span
-from locret.kernels.decode_codes_triton import REGISTERS, first_unit, fits, per_multiprocessor, split_codes, splits_of
+from locret.kernels.decode_codes_triton import REGISTERS, fits, per_multiprocessor, split_codes, splits_of
 from locret.kernels.scattered import Scattered
+from locret.kernels.scattered_triton import first_codes, pointer_at
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # its dot multiplies the bits of bf16 as if they were numbers
 LONGEST_STRETCH = 1024
 MERGED = 16_384  # numbers that a program of `_merge` has loaded at once: it waits for memory, not for sums
-
-
-@triton.jit
-def _at(entry, like, ALIGNED: tl.constexpr):
-    """The pointer that a table holds, to numbers of `like`'s type; what is known to be aligned is loaded in one go."""
-    pointer = tl.load(entry).to(tl.pointer_type(like.dtype.element_ty))
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
 
 
 @triton.jit
@@ -110,19 +102,15 @@ def _split(
     if position_ptr is not None:
         base = tl.load(position_ptr + i).to(tl.int64)
     if SCATTERED:  # k_ptr and v_ptr are tables of addresses
-        k_ptr = _at(k_ptr + head, q_ptr, ALIGNED)
-        v_ptr = _at(v_ptr + head, q_ptr, ALIGNED)
+        k_ptr = pointer_at(k_ptr + head, q_ptr, ALIGNED)
+        v_ptr = pointer_at(v_ptr + head, q_ptr, ALIGNED)
     elif BITS == 0:
         k_ptr += i * k_b + h * k_h
         v_ptr += i * v_b + h * v_h
     else:
         rows = tl.num_programs(1)
-        k_ptr, k_scale, k_zero = first_unit(
-            k_ptr, k_scale, k_zero, k_table, head, rows, i * k_b + h * k_h, i * ks_b + h * ks_h
-        )  # fmt: skip
-        v_ptr, v_scale, v_zero = first_unit(
-            v_ptr, v_scale, v_zero, v_table, head, rows, i * v_b + h * v_h, i * vs_b + h * vs_h
-        )  # fmt: skip
+        k_ptr, k_scale, k_zero = first_codes(k_ptr, k_scale, k_zero, k_table, head, rows, heads, k_b, k_h, ks_b, ks_h)
+        v_ptr, v_scale, v_zero = first_codes(v_ptr, v_scale, v_zero, v_table, head, rows, heads, v_b, v_h, vs_b, vs_h)
     if bias_ptr is not None:
         bias_ptr += i * bias_b + h * bias_h
 

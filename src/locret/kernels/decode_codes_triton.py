@@ -31,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from locret.kernels.decode_attention import Angles, Codes, Slab, Span
+from locret.kernels.scattered_triton import first_codes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then there is no PTX
 HEAD_DIMS = (64, 128, 256)
@@ -208,19 +209,6 @@ def _wall(x, PROGRAM: tl.constexpr):
 
 
 @triton.jit
-def first_unit(codes, scale, zero, table, row, rows, unit, level):
-    """Pointers to a head's first unit: `unit` and `level` away, or what a table [3, rows] of addresses says."""
-    if table is None:
-        return codes + unit, scale + level, zero + level
-    else:
-        return (
-            tl.load(table + row).to(tl.pointer_type(codes.dtype.element_ty)),
-            tl.load(table + rows + row).to(tl.pointer_type(scale.dtype.element_ty)),
-            tl.load(table + 2 * rows + row).to(tl.pointer_type(zero.dtype.element_ty)),
-        )  # fmt: skip
-
-
-@triton.jit
 def _split_codes(
     q_ptr, k_ptr, v_ptr, k_scale, k_zero, v_scale, v_zero, k_table, v_table, cos_ptr, sin_ptr, cos_words, sin_words,
     first_ptr, stop_ptr, bias_ptr, part_ptr, lse_ptr,
@@ -251,12 +239,8 @@ def _split_codes(
     last = tl.maximum(units - 1, 0)
     low = tl.minimum(low, slots - 1)  # a stretch without units reads one that nobody sees
     rows = tl.num_programs(1)
-    k_ptr, k_scale, k_zero = first_unit(
-        k_ptr, k_scale, k_zero, k_table, head, rows, i * k_b + h * k_h, i * ks_b + h * ks_h
-    )  # fmt: skip
-    v_ptr, v_scale, v_zero = first_unit(
-        v_ptr, v_scale, v_zero, v_table, head, rows, i * v_b + h * v_h, i * vs_b + h * vs_h
-    )  # fmt: skip
+    k_ptr, k_scale, k_zero = first_codes(k_ptr, k_scale, k_zero, k_table, head, rows, heads, k_b, k_h, ks_b, ks_h)
+    v_ptr, v_scale, v_zero = first_codes(v_ptr, v_scale, v_zero, v_table, head, rows, heads, v_b, v_h, vs_b, vs_h)
     k_ptr = tl.multiple_of(k_ptr + low * UNIT, 16)
     v_ptr = tl.multiple_of(v_ptr + low * UNIT, 16)
     k_scale += low * ks_t
