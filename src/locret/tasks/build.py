@@ -118,8 +118,9 @@ class Plan:
     hard: bool = False  # chains are asked for every variable, facts come with hard distractors
     fill: float = 1.0
     chain_share: float = 0.2
-    garble: float = 0.0  # this and the next two: see families.World; training only
+    garble: float = 0.0  # this and the next three: see families.World; training only
     strange: float = 0.0
+    value_first: float = 0.0
     vocabulary: tuple[str, ...] = field(default=(), repr=False)
 
 
@@ -221,8 +222,9 @@ class _Piece:
 
 def _sparse(rng: random.Random, plan: Plan, encoder: Encoder, filler: Filler, fit: Fit, seed: int | str) -> Sample:
     world = f.World(
-        rng, plan.wording, plan.values, garble=plan.garble, strange=plan.strange, vocabulary=plan.vocabulary
-    )
+        rng, plan.wording, plan.values, garble=plan.garble, strange=plan.strange, value_first=plan.value_first,
+        vocabulary=plan.vocabulary,
+    )  # fmt: skip
     facts = make_facts(world, plan)
     asks = _choose_asks(rng, facts, plan)
     drafts = [
@@ -331,7 +333,9 @@ class _DenseStyle:
 
 
 def _dense(rng: random.Random, plan: Plan, encoder: Encoder, filler: Filler, fit: Fit, seed: int | str) -> Sample:
-    world = f.World(rng, plan.wording, plan.values, strange=plan.strange, vocabulary=plan.vocabulary)
+    world = f.World(
+        rng, plan.wording, plan.values, strange=plan.strange, value_first=plan.value_first, vocabulary=plan.vocabulary
+    )
     style = _style(rng, world, plan)
     asked = [(world.fresh(style.key), world.fresh(style.value)) for _ in range(max(1, plan.num_questions))]
     drafts = tuple(
@@ -409,8 +413,9 @@ def _style(rng: random.Random, world: f.World, plan: Plan) -> _DenseStyle:
     if plan.task == "kv":
         return _kv_style(rng, world, plan)
     attribute = "number" if plan.task == "multikey2" else "uuid"
-    official = plan.wording == "official" or (plan.wording in ("train", "any") and rng.random() < 0.5)
-    frame, attr = f.keyed_statement(rng, attribute, "official" if official else plan.wording)
+    turned = world.turned()
+    official = not turned and (plan.wording == "official" or (plan.wording in ("train", "any") and rng.random() < 0.5))
+    frame, attr = f.keyed_statement(rng, attribute, "official" if official else plan.wording, turned)
     lead = " " if plan.wording == "train" and rng.random() < 0.25 else "\n"
     stop = "." if lead == " " and not (isinstance(frame[-1], str) and frame[-1][-1:] in ".!?") else ""
     frame = (lead, *frame, stop)

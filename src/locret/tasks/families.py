@@ -70,6 +70,7 @@ class World:
     garble: float = 0.0  # training only: how often a fact and its question are put in arbitrary words
     strange: float = 0.0  # training only: how often a word comes from `vocabulary` instead of its list
     vocabulary: Sequence[str] = ()
+    value_first: float = 0.0  # training only: how often a statement must name its value before its key or person
     attributes: set[tuple[str, str]] = field(default_factory=set)  # (key or person, attribute) already stated
 
     def __post_init__(self) -> None:
@@ -90,6 +91,11 @@ class World:
         """Whether the next fact is put in arbitrary words. It must be the only one about its key or person: then the
         name alone finds it, whatever the words around it, which is what unseen wordings ask of a reader."""
         return self.wording == "train" and self.garble > 0 and self.rng.random() < self.garble
+
+    def turned(self) -> bool:
+        """Whether the next statement must name its value first. Reading such a one is a skill of its own: what is
+        looked for comes after what is to be found, so the key's units have to carry the value."""
+        return self.value_first > 0 and self.rng.random() < self.value_first
 
     def fresh(self, make: Callable[[], str]) -> str:
         """A string of this kind that the document does not have yet."""
@@ -236,14 +242,14 @@ def frame_words() -> tuple[str, ...]:
 _ATTRS = {"number": w.NUMBER, "word": w.WORD, "uuid": w.UUID}
 
 
-def keyed_statement(rng: random.Random, attribute: str, wording: str) -> tuple[Flat, str]:
+def keyed_statement(rng: random.Random, attribute: str, wording: str, turned: bool = False) -> tuple[Flat, str]:
     """A frame that states the value of a key, all but key and value fixed, and the name it gives the attribute."""
     if wording == "official":
         return fixed(w.OFFICIAL_KEYED[attribute]), attribute
     attr = _text(rng, _ATTRS[attribute], wording)
-    if wording in ("train", "any") and rng.random() < 0.06:
+    if wording in ("train", "any") and not turned and rng.random() < 0.06:
         return fixed(w.OFFICIAL_KEYED[attribute]), attribute
-    return _stated(rng, w.KEYED, {"attr": Pool((attr,), ())}, wording), attr
+    return _stated(rng, w.KEYED, {"attr": Pool((attr,), ())}, wording, turned), attr
 
 
 def keyed_ask(key: str, attribute: str, attr: str, answer: str) -> Ask:
@@ -273,7 +279,7 @@ def _keyed_fact(world: World, attribute: str, value: str, key: str | None) -> Fa
     alone = key is None and world.garbles()
     key = world.new_key() if key is None else key
     world.attributes.add((key, attribute))
-    frame, attr = keyed_statement(world.rng, attribute, world.wording)
+    frame, attr = keyed_statement(world.rng, attribute, world.wording, world.turned())
     if not alone:
         statement = fill(frame, {"key": key, "value": value})
         return Fact(attribute, (statement,), (keyed_ask(key, attribute, attr, value),))
@@ -300,7 +306,7 @@ def multivalue_fact(world: World) -> Fact:
         frame = (
             fixed(w.OFFICIAL_KEYED["number"])
             if world.wording == "official"
-            else _stated(world.rng, w.KEYED, pools, world.wording)
+            else _stated(world.rng, w.KEYED, pools, world.wording, world.turned())
         )
         statements.append(fill(frame, {"key": key, "value": value}))
 
@@ -329,9 +335,9 @@ def relation_fact(world: World, person: str | None = None) -> Fact:
     wording = "train" if world.wording == "official" else world.wording
     label = Pool((_text(rng, relation.labels, wording),), ())
     if wording == world.wording and rng.random() < 0.35:
-        frame = _stated(rng, LABELLED, {"label": label}, wording)
+        frame = _stated(rng, LABELLED, {"label": label}, wording, world.turned())
     else:
-        frame = _stated(rng, relation.phrases, {}, world.wording)
+        frame = _stated(rng, relation.phrases, {}, world.wording, world.turned())
 
     def make(rng: random.Random, wording: str) -> str:
         labels = Pool((_text(rng, relation.labels, wording),), ())
@@ -426,11 +432,28 @@ def _text(rng: random.Random, pool: Pool, wording: str) -> str:
     return fill(flatten(rng, pool.pick(rng, wording, strict=False), {}, wording), {}).text
 
 
-def _stated(rng: random.Random, phrases: w.Phrases, pools: dict[str, Pool], wording: str) -> Flat:
-    """A statement's frame: a direct one, or a clause in a wrapper."""
+def _stated(rng: random.Random, phrases: w.Phrases, pools: dict[str, Pool], wording: str, turned: bool = False) -> Flat:
+    """A statement's frame: a direct one, or a clause in a wrapper. `turned`: one that names the value first."""
     if wording == "official":
         return (*fixed(phrases.clauses.train[0]), ".")
     pools = {**pools, "speaker": w.SPEAKER, "clause": phrases.clauses}
+    frame = _statement(rng, phrases, pools, wording)
+    for _ in range(_TURNS if turned else 0):
+        if _names_value_first(frame):
+            break
+        frame = _statement(rng, phrases, pools, wording)
+    return frame
+
+
+_TURNS = 40  # a tenth of the frames and more name the value first, whatever the fact
+
+
+def _names_value_first(frame: Flat) -> bool:
+    slots = [part.name for part in frame if isinstance(part, Slot) and part.name not in UNMARKED]
+    return slots[:1] == ["value"]
+
+
+def _statement(rng: random.Random, phrases: w.Phrases, pools: dict[str, Pool], wording: str) -> Flat:
     if len(phrases.direct) and rng.random() < 0.35:
         return flatten(rng, phrases.direct.pick(rng, wording), pools, wording)
     if rng.random() < 0.3:

@@ -39,6 +39,7 @@ class Stage:
     packed: float
     garble: float  # how often a fact of a sparse document is put in arbitrary words
     strange: float = 0.75  # documents of which some or all keys, names and values are words of no list
+    value_first: float = 0.4  # statements made to name the value before the key (a fifth does so anyway)
 
 
 STAGES = {
@@ -91,6 +92,7 @@ def _example(
             _plan(rng, kind, length, attempt),
             garble=shares.garble,
             strange=rng.uniform(0.1, 1.0) if rng.random() < shares.strange else 0.0,
+            value_first=shares.value_first,
             vocabulary=_vocabulary(tokenizer),
         )
         shape = rng.choices(list(_SHAPE_SHARES), list(_SHAPE_SHARES.values()))[0]
@@ -134,7 +136,7 @@ def _filler(rng: random.Random, fillers: Fillers) -> Filler:
 def _plan(rng: random.Random, kind: str, length: int, attempt: int) -> Plan:
     """Draw a document of this kind; every further attempt asks for less."""
     # a long document is paid for once, by its length; more questions about it are nearly free
-    low, high = (4, 16) if length <= 4096 else (4, 24)
+    low, high = (4, 16) if length <= 4096 else (8, 40)
     shrink = 2**attempt
     num_questions = max(1, rng.randint(low, high) // shrink)
     if kind == "copying":
