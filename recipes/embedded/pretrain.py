@@ -42,7 +42,7 @@ from locret.errors import DataError, NumericsError
 from locret.files import atomic_write
 
 HERE = Path(__file__).resolve().parent
-ANSWER_WEIGHT = 1.0  # tokens that weigh more than natural text are answers
+TEXT_WEIGHT = 1.0  # of natural text and the words of statements; tokens that weigh more are answers
 STAGE_RESERVE, END_RESERVE = 8.0, 8.0  # seconds that --fit keeps for validating and saving in a stage, and for packing
 
 
@@ -108,12 +108,13 @@ class Trainer:
             self.rope = {(rows, length): self.model.rope_tables(rows, length)}  # one stage's at a time
         return self.rope[rows, length]
 
-    def accumulate(self, ids: Tensor, weights: Tensor, answer_scale: float = 1.0) -> Tensor:
+    def accumulate(self, ids: Tensor, weights: Tensor, answer_scale: float = 1.0, text_scale: float = 1.0) -> Tensor:
         """Gradients of the batch's weighted mean loss; returns its sums, on the device (see `Meter`)."""
         targets = ids.roll(-1, dims=1)
         weights = weights.roll(-1, dims=1)
-        weights = torch.where(weights > ANSWER_WEIGHT, weights * answer_scale, weights)
         weights[:, -1] = 0.0  # the last token of a sequence predicts nothing
+        is_answer, is_text = weights > TEXT_WEIGHT, weights == TEXT_WEIGHT
+        weights = torch.where(is_answer, weights * answer_scale, torch.where(is_text, weights * text_scale, weights))
         total = weights.sum()
         self.team.sum_([total])
         total = total.clamp_min(1e-6)
@@ -126,8 +127,7 @@ class Trainer:
             weight = weights[part].flatten()
             ((losses * weight).sum() / total).backward()
             with torch.no_grad():
-                answers = (weight > ANSWER_WEIGHT).float()
-                text = (weight == ANSWER_WEIGHT).float()
+                answers, text = (kind[part].flatten().float() for kind in (is_answer, is_text))
                 losses = losses.detach()
                 sums += torch.stack(
                     [
@@ -143,7 +143,8 @@ class Trainer:
 
     def step(self, ids: Tensor, weights: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
         """One update; returns the batch's sums and the gradient norm, both still on the device."""
-        sums = self.accumulate(ids, weights, self.recipe.stages[self.position["stage"]].answer_scale)
+        stage = self.recipe.stages[self.position["stage"]]
+        sums = self.accumulate(ids, weights, stage.answer_scale, stage.text_scale)
         norm = self.optimisers.step(self.recipe.optimiser.scale(fraction, self.position["step"]))
         self.position["step"] += 1
         self.position["stage_step"] += 1

@@ -22,7 +22,8 @@ class Stage:
     steps: int = 0
     tokens_per_step: int = 65536
     mixture: str = "main"  # what the batches are made of: locret.tasks.mixture.STAGES
-    answer_scale: float = 1.0  # on the weights of answers: they are 6 % of the tokens at 1,024, 0.2 % at 32,768
+    answer_scale: float = 1.0  # on the weights of answers: they are 6 % of the tokens at 1,024, 1 % at 32,768
+    text_scale: float = 1.0  # on those of natural text, which a model that reads it a hundred times learns by heart
 
     def __post_init__(self) -> None:
         if (self.seconds > 0) == (self.steps > 0):

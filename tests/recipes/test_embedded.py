@@ -128,13 +128,17 @@ def test_microbatches_give_the_gradients_of_the_naive_weighted_loss():
         assert torch.allclose(mine, parameter.grad, atol=1e-6)
 
 
-def test_answer_scale_counts_answers_only():
+@pytest.mark.parametrize(("scales", "want"), [
+    ({"answer_scale": 3.0}, [0.1, 1.0, 12.0, 0.5]), ({"text_scale": 0.2}, [0.1, 0.2, 4.0, 0.5]),
+])  # fmt: skip
+def test_scales_count_answers_or_natural_text_only(scales, want):
     trainer = pretrain.Trainer(tiny_recipe(), torch.device("cpu"))
-    ids, weights = torch.randint(0, 64, (4, 16)), torch.tensor([0.1, 1.0, 4.0, 1.0]).repeat(4, 4)
-    trainer.accumulate(ids, weights.clone(), answer_scale=3.0)
+    ids, weights = torch.randint(0, 64, (4, 16)), torch.tensor([0.1, 1.0, 4.0, 0.5]).repeat(4, 4)
+    sums = trainer.accumulate(ids, weights.clone(), **scales)
+    assert sums[[2, 4]].tolist() == [16, 16]  # tokens of text and of answers, whatever they weigh
     ours = [p.grad.clone() for p in trainer.model.parameters()]
     trainer.model.zero_grad()
-    trainer.accumulate(ids, torch.where(weights > 1, 12.0, weights))
+    trainer.accumulate(ids, torch.tensor(want).repeat(4, 4))
     for mine, parameter in zip(ours, trainer.model.parameters()):
         assert torch.allclose(mine, parameter.grad, atol=1e-7)
 

@@ -31,7 +31,7 @@ from locret.tasks import (
 )
 from locret.tasks import families as f
 from locret.tasks import wordings as w
-from locret.tasks.build import FAMILIES, Plan, make_facts
+from locret.tasks.build import FAMILIES, Plan, compose, make_facts
 from locret.tasks.encode import encoder_of
 from locret.tasks.filler import is_heldout
 from locret.tasks.grammar import WORDINGS, Pool, Rendered, fill, flatten, parse
@@ -448,6 +448,22 @@ def test_training_examples_fill_the_row(stage, tokenizer, filler):
             assert weights.dtype == np.float32
             assert tokenizer.decode(ids[:1].tolist()) == "<|bos|>"
             assert weights.min() > 0
+
+
+def test_statements_can_be_made_to_name_the_value_first(tokenizer, filler):
+    world = f.World(random.Random(0), value_first=1.0)
+    facts = make_facts(world, Plan("mixed", num_facts=200, families=("number", "word", "fact", "multivalue")))
+    for fact in facts:
+        values = fact.asks[0].answer.split(", ")
+        for value, (text, marks) in zip(values, fact.statements, strict=True):
+            assert text[slice(*marks[0])] == value, text
+    rng = random.Random(1)
+    plan = Plan("multikey2", num_questions=4, value_first=1.0)
+    sample = compose(rng, plan, tokenizer, filler, lambda questions: 1024, 1)
+    for question in sample.questions:
+        line = tokenizer.decode(sample.document[slice(*question.gold[0])].tolist())
+        key = next(word for word in re.findall(r"[a-z]+-[a-z]+", question.text) if word in line)
+        assert line.index(question.answer) < line.index(key)
 
 
 def test_training_examples_are_repeatable_and_have_no_held_out_frame(tokenizer, filler):
