@@ -38,7 +38,6 @@ from locret.kernels.decode_attention import (
     torch_decode_attention,
 )
 from locret.kernels.decode_attention_triton import Tile, decode_attention_triton, default_tile
-from locret.select import select
 from locret.storage import Affine
 
 CUDA = torch.cuda.is_available()
@@ -141,7 +140,7 @@ class Bench:
         wrong = float((got != reference_kept(scores, pinned, budget)).sum())
         paths = {
             "counts": lambda: reference_kept(scores, pinned, budget),
-            "top-k and sort": lambda: select(scores, budget, pinned),
+            "top-k and sort": lambda: scores.masked_fill(pinned, torch.inf).topk(budget).indices.sort().values,
         }
         nbytes = scores.nbytes + pinned.nbytes + got.nbytes
         return row("kept", dict(batch=batch, budget=budget), wrong, 0, nbytes,

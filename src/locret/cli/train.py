@@ -69,7 +69,10 @@ def train(
         str | None, Option("--dtype", help="Of the backbone: auto, float32, bfloat16 or float16 (default: auto).")
     ] = None,
     quantize: Annotated[
-        str | None, Option("--quantize", help="Load the backbone as bnb-4bit, bnb-8bit, torchao-int8 or torchao-int4.")
+        str | None,
+        Option(
+            "--quantize", help="Load the backbone as bnb-4bit or -8bit, torchao-int8 or -int4, quanto-int8 or -int4."
+        ),
     ] = None,
     device_map: Annotated[
         str | None, Option("--device-map", help="Spread the backbone over GPUs: auto, balanced, sequential.")
