@@ -16,7 +16,7 @@ from oracles import llm_of, random_heads, tokens
 from locret.assets import ContextStore, context_key
 from locret.cli import main
 from locret.context import Context
-from locret.errors import ConfigError
+from locret.errors import ConfigError, ContextError
 from locret.prefill import Reader
 
 OPTIONS: dict[str, Any] = dict(budget=40, chunk_size=16)
@@ -103,7 +103,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError("No space left on device")
 
     monkeypatch.setattr("locret.context.save_file", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(ContextError, match="No space"):
         llm_of(**OPTIONS).compress(TEXT, store=tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers as tf
 from conftest import _BASE, FAMILIES, build_tiny_model
-from oracles import Recorder, reader_of, relative, tokens
+from oracles import Recorder, llm_of, reader_of, relative, tokens
 
 from locret.backbone import ATTENTION_NAME, Backbone
 from locret.config import POSITIONS
@@ -428,3 +428,19 @@ def test_a_dtype_may_be_torchs_own():
     assert Backbone.load(dtype=torch.bfloat16, device="cpu").dtype == torch.bfloat16
     with pytest.raises(ConfigError, match=r"unknown dtype 'int8'; valid: auto, bfloat16, float16, float32, float64"):
         Backbone.load(dtype=torch.int8)
+
+
+def test_streams_that_overlap_leave_the_model_as_it_was():
+    """Whoever came first left first, and put the model back under the others' feet."""
+    llm = llm_of(build_tiny_model("llama"), "knorm", budget=40, chunk_size=16)
+    prompts = [list(range(5 + i, 35 + i)) for i in range(3)]
+    want = [llm.generate(prompt, max_new_tokens=8).tokens for prompt in prompts]
+    for order in ((0, 1, 2), (2, 0, 1)):
+        streams = [llm.stream(prompt, max_new_tokens=8) for prompt in prompts]
+        for stream in streams:
+            next(stream, None)
+        for i in order:
+            list(streams[i])
+            assert streams[i].output.tokens == want[i]
+        assert llm.backbone.model.config._attn_implementation != "locret"
+        assert llm.generate(prompts[0], max_new_tokens=8).tokens == want[0]

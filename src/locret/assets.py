@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from locret.engine import LLM, Prompt
 
 _SUFFIX = ".ctx"
-_VERSION = 1  # of what the hash is over
+_VERSION = 2  # of what the hash is over
 
 
 @dataclass(frozen=True)

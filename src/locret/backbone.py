@@ -21,10 +21,11 @@ import contextlib
 import copy
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -86,7 +87,7 @@ class Rope:
         self._apply = backbone.apply_rope
         self._real = copy.deepcopy(backbone.rotary)  # "dynamic" modules remember the longest prompt they have seen
         self._like = torch.zeros(1, 1, dtype=backbone.dtype, device=backbone.device)
-        self._prompt_len = prompt_len
+        self.prompt_len = prompt_len
         self._tables: dict[str | None, tuple[Tensor, Tensor]] = {}
         self._head_dim = backbone.head_dim
         self._kinds: dict[str | None, Angles | None] = {}
@@ -100,9 +101,9 @@ class Rope:
         if length <= self.length:
             return
         self.length = max(length, min(2 * self.length, self.length + 65_536))
-        last = max(self._prompt_len - 1, 0)
+        last = max(self.prompt_len - 1, 0)
         positions = torch.cat((torch.arange(self.length), torch.tensor([last])))[None].to(self._like.device)
-        if self.length > self._prompt_len:  # choose by the prompt, then read the rest of the angles
+        if self.length > self.prompt_len:  # choose by the prompt, then read the rest of the angles
             _call_rotary(self._real, self._like, positions[:, -1:], self._types())
             positions = positions[:, :-1]
         for kind in self._types():
@@ -148,7 +149,7 @@ class Rope:
         return sorted({spec.rope_type for spec in self._layers}, key=str)
 
     def _angles(self, positions: Tensor, kind: str | None) -> tuple[Tensor, Tensor]:
-        with _fixed_frequencies(self._real, by_prompt=self.length > self._prompt_len):
+        with _fixed_frequencies(self._real, by_prompt=self.length > self.prompt_len):
             return self._real(self._like, positions, *(() if kind is None else (kind,)))
 
 
@@ -167,7 +168,9 @@ class Backbone:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self._depth = 0
+        self._inside = 0  # of the seam
+        self._before: str | None = None  # the model's own attention, while ours is in place
+        self._seam_lock = threading.RLock()  # a stream that is collected leaves the seam at any time
         self._ropes: WeakValueDictionary[int, Rope] = WeakValueDictionary()
         base: Any = model.base_model
         rotary = getattr(base, "rotary_emb", None)
@@ -232,6 +235,11 @@ class Backbone:
         if "device_map" not in options and not split:
             model = model.to(where)
         return cls(model.eval(), tokenizer)
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids that the model can read are below it."""
+        return cast(nn.Embedding, self.model.get_input_embeddings()).num_embeddings
 
     def need_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, for text; a ConfigError where the model was given without one."""
@@ -310,25 +318,23 @@ class Backbone:
 
     @contextlib.contextmanager
     def seam(self) -> Iterator[None]:
-        """Put our attention and the neutral rotary in place; on leaving, the model is what it was. Re-entrant."""
-        if self._depth:
-            self._depth += 1
-            try:
-                yield
-            finally:
-                self._depth -= 1
-            return
-        base: Any = self.model.base_model
-        before = self.model.config._attn_implementation
-        self.model.set_attn_implementation(ATTENTION_NAME)
-        base.rotary_emb = _NeutralRotary(self.rotary)
-        self._depth = 1
+        """Put our attention and the neutral rotary in place. Whoever leaves last, of all threads and all streams that
+        are suspended inside, makes the model what it was."""
+        with self._seam_lock:
+            self._inside += 1
+            if self._before is None:
+                self._before = self.model.config._attn_implementation
+                self.model.set_attn_implementation(ATTENTION_NAME)
+                cast(Any, self.model.base_model).rotary_emb = _NeutralRotary(self.rotary)
         try:
             yield
         finally:
-            self._depth = 0
-            base.rotary_emb = self.rotary
-            self.model.set_attn_implementation(before)
+            with self._seam_lock:
+                self._inside -= 1
+                if not self._inside and self._before is not None:
+                    cast(Any, self.model.base_model).rotary_emb = self.rotary
+                    self.model.set_attn_implementation(self._before)
+                    self._before = None
 
 
 class _NeutralRotary(nn.Module):

@@ -6,11 +6,13 @@ document can be read before the question is known, and the two together give the
 
 from __future__ import annotations
 
+import numbers
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import jinja2
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -59,7 +61,13 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -
     for message in messages:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise ConfigError(f"a message is {{'role': ..., 'content': ...}}, not {message!r}")
-    return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    try:
+        return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except (jinja2.TemplateError, TypeError) as error:
+        raise ConfigError(
+            f"this model's chat template does not take these messages: {error}; roles are mostly user, assistant and "
+            "system, contents text"
+        ) from error
 
 
 def before_next_user_turn(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> str:
@@ -67,11 +75,12 @@ def before_next_user_turn(tokenizer: PreTrainedTokenizerBase, messages: list[dic
     return _cut(render(tokenizer, [*messages, {"role": "user", "content": _MARKS[2]}]), _MARKS[2])[0]
 
 
-def protected_mask(tokenizer: PreTrainedTokenizerBase, text: str, pieces: Sequence[str]) -> Tensor | None:
+def protected_mask(tokenizer: PreTrainedTokenizerBase, text: str, pieces: str | Sequence[str]) -> Tensor | None:
     """Which of the text's tokens lie in one of `pieces`, wherever it occurs: bool [T], or None for no pieces.
 
     Raises: ConfigError: a piece that does not occur, or a tokenizer that cannot say where its tokens lie.
     """
+    pieces = (pieces,) if isinstance(pieces, str) else pieces
     if not pieces:
         return None
     if not tokenizer.is_fast:
@@ -89,8 +98,27 @@ def protected_mask(tokenizer: PreTrainedTokenizerBase, text: str, pieces: Sequen
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of template text: special tokens stand in it already, none are added."""
+    """Ids of template text: special tokens stand in it already, none are added.
+
+    Raises: ConfigError: text that no encoding has, such as half of a pair of surrogates.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"character {error.start + 1} of the text, {text[error.start]!r}, is half of one: were these bytes that "
+            "are not UTF-8? Decode them before"
+        ) from error
     return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def token_ids(ids: Iterable[Any], vocabulary: int) -> list[int]:
+    """The ids as plain numbers. Raises: ConfigError: what is no token id of a model with that vocabulary."""
+    found = list(ids)
+    for x in found:
+        if not isinstance(x, numbers.Integral) or isinstance(x, bool) or not 0 <= int(x) < vocabulary:
+            raise ConfigError(f"{x!r} is no token id of this model; they are whole numbers from 0 to {vocabulary - 1}")
+    return [int(x) for x in found]
 
 
 def _cut(text: str, mark: str) -> tuple[str, str]:

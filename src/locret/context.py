@@ -22,12 +22,13 @@ from locret.config import CachePlan, Sampling
 from locret.decode import Decoder, Output, Stream
 from locret.errors import ConfigError, ContextError
 from locret.files import atomic_write
+from locret.parallel import local_part
 from locret.prefill import Progress, Reader
 
 if TYPE_CHECKING:
     from locret.engine import LLM
 
-_FORMAT = "locret-context-2"
+_FORMAT = "locret-context-3"
 
 
 class Context:
@@ -44,6 +45,7 @@ class Context:
         self._lead = lead  # what the template puts before the next user text ...
         self._open = False  # ... unless the user's turn has text already
         self._pending: list[int] = []  # chosen by the model, not read yet
+        self._torn = False  # reading ended in the middle: layers may hold different units
         self._ids: list[Tensor] = [] if ids is None else [torch.tensor(ids, dtype=torch.int32)]
 
     @classmethod
@@ -127,6 +129,9 @@ class Context:
             return self._read(ids, local_window=len(ids) if self._can_pin(len(ids)) else None)
 
         def finished(decoder: Decoder) -> None:
+            if decoder.failed:
+                self._torn = True
+                return
             output = decoder.outputs()[0]
             read = output.tokens if decoder.pending[0] is None else output.tokens[:-1]
             self._ids.append(torch.tensor(read, dtype=torch.int32))
@@ -149,6 +154,7 @@ class Context:
 
     def fork(self) -> Context:
         """An independent copy: what happens to one does not happen to the other."""
+        self._check_whole()
         twin = Context(self.llm, self._reader.copy(), lead=self._lead)
         twin._pending, twin._ids, twin._open = list(self._pending), list(self._ids), self._open
         return twin
@@ -161,7 +167,11 @@ class Context:
         return [layer.positions()[0].cpu() for layer in self._reader.cache.layers]
 
     def save(self, path: str | Path) -> None:
-        """Write it to one safetensors file; an old file there stays whole until the new one is complete."""
+        """Write it to one safetensors file; an old file there stays whole until the new one is complete.
+
+        Raises: ContextError: it cannot be written.
+        """
+        self._check_whole()
         tensors = {"ids": self.ids}
         for i, layer in enumerate(self._reader.cache.layers):
             for name, tensor in layer.tensors().items():
@@ -170,33 +180,41 @@ class Context:
             "format": _FORMAT,
             "fingerprint": self.llm.backbone.fingerprint(),
             "model": model_digest(self.llm),
+            "dtype": str(self.llm.backbone.dtype),
             "method": self.llm.method.name,
             "options": self.llm.method.describe(),
             "plan": dataclasses.asdict(self.plan),
             "seen": self.seen,
+            "rope_length": self._reader.rope.prompt_len,
             "num_protected": self._reader.num_protected,
             "evicted": [layer.evicted for layer in self._reader.cache.layers],
             "lead": self._lead,
             "open": self._open,
-            "sha256": _digest(tensors),
             "pending": self._pending,
         }
-        atomic_write(path, lambda file: save_file(tensors, file, metadata={"locret": json.dumps(state)}))
+        state["sha256"] = _digest(tensors, state)
+        try:
+            atomic_write(path, lambda file: save_file(tensors, file, metadata={"locret": json.dumps(state)}))
+        except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own class
+            raise ContextError(
+                f"{path} cannot be written: {error}; a file that was there before is untouched"
+            ) from error
 
     @classmethod
     def load(cls, path: str | Path, llm: LLM) -> Context:
         """Read a saved context for the model that made it.
 
-        Raises: ContextError: missing, truncated or foreign file; another model, other heads, another method or
-            other options of it.
+        Raises: ContextError: missing, truncated or foreign file; another model, other heads, another dtype, another
+            method or other options of it.
         """
         state, tensors = _read_file(Path(path))
         _check_same(path, state, llm)
         plan = CachePlan(**state["plan"])
         with torch.inference_mode():
             reader = Reader.resume(
-                llm.backbone, llm.method, plan, seen=state["seen"], num_protected=state["num_protected"]
-            )
+                llm.backbone, llm.method, plan, seen=state["seen"], num_protected=state["num_protected"],
+                rope_length=state["rope_length"],
+            )  # fmt: skip
             for i, layer in enumerate(reader.cache.layers):
                 try:
                     own = {name.split(".", 1)[1]: t for name, t in tensors.items() if name.startswith(f"{i}.")}
@@ -219,35 +237,54 @@ class Context:
 
         `join` stands between it and text that is already in the same turn.
         """
+        self._check_whole()
+        if isinstance(text, list):
+            return [*self._pending, *chat.token_ids(text, self.llm.backbone.vocab_size)]
         if not isinstance(text, str):
-            return [*self._pending, *text]
+            raise ConfigError(f"a text is a string or a list of token ids, not {text!r}")
         tokenizer = self.llm.backbone.need_tokenizer()
         if not text.strip():
             raise ConfigError("the text is empty; give some words")
         lead = join if self._open else self._lead
         return [*self._pending, *chat.encode(tokenizer, lead + text + end)]
 
+    def _check_whole(self) -> None:
+        if self._torn:
+            raise ContextError("reading into this context was interrupted, so its layers may hold different units; "
+                               "load or compress it again, or go on with a fork from before")  # fmt: skip
+
     def _read(self, ids: list[int], **options: Any) -> Tensor:
+        if not ids:
+            raise ConfigError("the text has no tokens; give some words")
+        self._torn = True
         logits = self._reader.read(torch.tensor([ids]), **options)
+        self._torn = False
         self._ids.append(torch.tensor(ids, dtype=torch.int32))
         self._pending = []
         return logits
 
 
 def model_digest(llm: LLM) -> str:
-    """A short hash of some of every parameter of the model and of the heads: other weights, other digest."""
-    heads = getattr(llm.method, "heads", None)
-    return weights_digest([*llm.backbone.model.parameters(), *(() if heads is None else heads.parameters())])
+    """A short hash of the weights of the model and of the heads, under tensor parallelism of this process's part."""
+    heads, shard = getattr(llm.method, "heads", None), llm.backbone.shard
+    weights = weights_digest([*llm.backbone.model.parameters(), *(() if heads is None else heads.parameters())])
+    return weights if shard.size == 1 else f"{weights}-{shard.rank}-of-{shard.size}"
 
 
 def weights_digest(parameters: Iterable[Tensor]) -> str:
-    """A short hash of some numbers of each."""
+    """A short hash of the sum of each one's bits, as integers: of all numbers, and the same on every device."""
     digest = hashlib.sha256()
     for parameter in parameters:
-        flat = parameter.detach().flatten()
+        part = local_part(parameter)
+        flat = (parameter if part is None else part).detach().contiguous().flatten()
+        bits = flat.view(_INTEGERS[flat.element_size()])
         sample = flat[:: max(1, len(flat) // 64)].to(device="cpu", dtype=torch.bfloat16)
+        digest.update(int(bits.sum(dtype=torch.int64)).to_bytes(8, "little", signed=True))
         digest.update(sample.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 def _turns(llm: LLM) -> chat.Turns | None:
@@ -258,10 +295,12 @@ def encode_document(
     llm: LLM, document: str | list[dict[str, Any]] | list[int], protect: Sequence[str]
 ) -> tuple[list[int], Tensor | None]:
     """Ids of a document as `Context.compress` reads it, and its protected mask."""
-    if isinstance(document, list) and document and isinstance(document[0], int):
+    if not isinstance(document, str | list):
+        raise ConfigError(f"a document is text, messages or token ids, not {document!r}")
+    if document and not isinstance(document, str) and not isinstance(document[0], dict):
         if protect:
             raise ConfigError("protect names pieces of text; a document of token ids has none")
-        return document, None
+        return chat.token_ids(document, llm.backbone.vocab_size), None
     tokenizer = llm.backbone.need_tokenizer()
     if isinstance(document, str):
         if not document.strip():
@@ -285,14 +324,14 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise ContextError(f"{path} is broken or truncated ({error}); save the context again") from error
-    if "ids" not in tensors or state.get("sha256") != _digest(tensors):
+    if "ids" not in tensors or state.pop("sha256", None) != _digest(tensors, state):
         raise ContextError(f"{path} is damaged: its contents do not match their checksum; save the context again")
     return state, tensors
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    """sha256 over all names and bytes."""
-    digest = hashlib.sha256()
+def _digest(tensors: dict[str, Tensor], state: dict[str, Any]) -> str:
+    """sha256 over the state and all names and bytes."""
+    digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(name.encode())
         digest.update(tensors[name].detach().cpu().contiguous().view(torch.uint8).numpy().data)
@@ -300,8 +339,10 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 
 
 def _check_same(path: str | Path, state: dict[str, Any], llm: LLM) -> None:
-    mine = {"fingerprint": llm.backbone.fingerprint(), "method": llm.method.name, "options": llm.method.describe(),
-            "model": model_digest(llm)}  # fmt: skip
+    mine = {
+        "dtype": str(llm.backbone.dtype), "fingerprint": llm.backbone.fingerprint(), "method": llm.method.name,
+        "options": llm.method.describe(), "model": model_digest(llm),
+    }  # fmt: skip
     words = {"model": "another model or other heads", "options": "other options of the method"}
     for name, value in mine.items():
         if state[name] != value:

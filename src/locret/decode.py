@@ -66,6 +66,7 @@ class Decoder:
 
     Attributes:
         pending: the last token of every row: chosen, but not read by the model yet.
+        failed: an error or Ctrl-C came in between, so what was read may be less or more than `outputs` says.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Decoder:
         self._prompt_tokens = 0
         self._prefill_seconds = self._decode_seconds = 0.0
         self.pending: list[int | None] = [None] * rows
+        self.failed = False
 
     @torch.inference_mode()
     def pieces(self) -> Iterator[list[str]]:
@@ -107,6 +109,11 @@ class Decoder:
                     chosen = self._read_back(tokens)
                     self._decode_seconds = time.perf_counter() - started
                     yield self._take(chosen)
+        except GeneratorExit:  # left early, between two steps
+            raise
+        except BaseException:
+            self.failed = True
+            raise
         finally:
             if self._ahead is not None:
                 self._reader.unread()

@@ -8,6 +8,7 @@ Shapes: B rows, T prompt tokens, V vocabulary.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,7 +146,8 @@ class LLM:
         if _is_ids(prompt):
             if protect:
                 raise ConfigError("protect names pieces of text; a prompt of token ids has none")
-            return _Encoded(list(cast(list[int], prompt)), None, templated=False)
+            ids = chat.token_ids(cast(list[int], prompt), self.backbone.vocab_size)
+            return _Encoded(ids, None, templated=False)
         tokenizer = self.backbone.need_tokenizer()
         if isinstance(prompt, str):
             if not prompt.strip():
@@ -153,8 +155,8 @@ class LLM:
             turns = chat.Turns.of(tokenizer)
             text, templated = turns.begin + prompt + turns.end, turns.templated
         else:
-            if not prompt:
-                raise ConfigError("the list of messages is empty; give at least one")
+            if not isinstance(prompt, list) or not prompt:
+                raise ConfigError(f"a prompt is text, a list of messages or token ids; this is {prompt!r}")
             text, templated = chat.render(tokenizer, cast(Messages, prompt)), True
         return _Encoded(chat.encode(tokenizer, text), chat.protected_mask(tokenizer, text, protect), templated)
 
@@ -189,7 +191,7 @@ class _Encoded:
 
 
 def _is_ids(prompt: Any) -> bool:
-    return isinstance(prompt, list) and len(prompt) > 0 and all(isinstance(x, int) for x in prompt)
+    return isinstance(prompt, list | tuple) and len(prompt) > 0 and all(isinstance(x, numbers.Integral) for x in prompt)
 
 
 def _is_batch(prompt: Any) -> bool:

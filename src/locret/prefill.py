@@ -108,10 +108,19 @@ class Reader:
         return cls._allocate(backbone, method, plan, batch, prompt_len, total, num_protected)
 
     @classmethod
-    def resume(cls, backbone: Backbone, method: Method, plan: CachePlan, *, seen: int, num_protected: int) -> Reader:
-        """A reader for one saved sequence; the caller fills the cache's layers."""
+    def resume(
+        cls, backbone: Backbone, method: Method, plan: CachePlan, *, seen: int, num_protected: int,
+        rope_length: int | None = None,
+    ) -> Reader:  # fmt: skip
+        """A reader for one saved sequence; the caller fills the cache's layers.
+
+        Args:
+            rope_length: what its frequencies were chosen by; None: `seen`.
+        """
         reader = cls._allocate(backbone, method, plan, 1, seen, None, num_protected)
         reader.cache.seen = seen
+        if rope_length is not None:
+            reader.rope = backbone.rope(reader.rope.length, rope_length)
         return reader
 
     @classmethod
@@ -199,9 +208,11 @@ class Reader:
                 newest = 0
             part = None if protected is None else protected[start:stop]
             logits = self._forward(chunk, self.plan.budget, newest, part, logits=int(stop == total))
-            if stop == total:
+            last = None if logits is None or stop < total else logits[:, -1]
+            if last is not None:
                 self.check_scores()
-            yield stop, None if logits is None or stop < total else logits[:, -1]
+                _check_finite(last)
+            yield stop, last
 
     def step(self, tokens: Tensor) -> Tensor:
         """Decode: read one token a row, [B]; returns logits [B, V].
@@ -634,6 +645,15 @@ def _read_back(method: Method, sound: Tensor, first: int, last: int) -> Check:
             raise not_finite(method, first, last)
 
     return check
+
+
+def _check_finite(logits: Tensor) -> None:
+    """Of the prompt's last token. Raises: NumericsError: no row could be answered from."""
+    if not finite(logits.amax(-1)):  # single tokens may be ruled out by -inf
+        raise NumericsError(
+            "the model's logits are NaN or infinite after the prompt; its weights are broken, or the dtype overflows "
+            "(try --dtype float32)"
+        )
 
 
 def not_finite(method: Method, first: int, last: int) -> NumericsError:
