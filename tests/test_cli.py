@@ -195,6 +195,14 @@ def long_report(tmp_path: Path) -> str:
     return str(path)
 
 
+@pytest.fixture
+def saved_context(tiny_cache: list[str], long_report: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """`long_report`, compressed with the flags of `tiny`."""
+    path = str(tmp_path / "report.ctx")
+    run_json(capsys, "compress", *tiny_cache, "--file", long_report, "--output", path)
+    return path
+
+
 def test_several_questions_share_one_compression(
     tiny: list[str], capsys: pytest.CaptureFixture[str], long_report: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,6 +229,42 @@ def test_a_saved_context_answers_as_a_fresh_one(
     fresh = run_json(capsys, "ask", *tiny, "--file", long_report, "--question", "A?")
     loaded = run_json(capsys, "ask", *tiny, "--context", str(saved), "--question", "A?")
     assert loaded["text"] == fresh["text"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "saved"),
+    [
+        ("--budget 64", "48"), ("--budget 99%", "48"), ("--budget 1MiB", "48"), ("--chunk-size 13", "16"),
+        ("--stabilizers 7", "8"), ("--local-window 9", "8"), ("--sinks 0", "4"), ("--positions original", "compact"),
+        ("--storage int8", "dense"),
+    ],
+)  # fmt: skip
+def test_a_flag_that_a_saved_context_does_not_follow_is_named(
+    saved_context: str, tiny_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str], flag: str, saved: str
+) -> None:
+    model = f"--model {tiny_folder('llama')} --method knorm --device cpu"
+    for verb in ("ask --question A?", "inspect", "chat"):
+        assert main([*f"{verb} {model} {flag}".split(), "--context", saved_context]) == 2
+        err = capsys.readouterr().err
+        assert f"saved with {flag.split()[0]} {saved}, and {flag} is asked for; leave the flag out" in err
+
+
+def test_flags_that_are_not_given_or_equal_go_with_a_saved_context(
+    saved_context: str, tiny: list[str], tiny_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = f"--model {tiny_folder('llama')} --method knorm --device cpu --max-new-tokens 6".split()
+    same = [*tiny, "--sinks", "4", "--positions", "compact", "--storage", "dense"]
+    answers = [run_json(capsys, "ask", "--question", "A?", "--context", saved_context, *f) for f in (bare, same)]
+    assert answers[0]["text"] == answers[1]["text"]
+
+
+def test_a_share_is_compared_by_the_units_it_gives(
+    tiny_cache: list[str], capsys: pytest.CaptureFixture[str], long_report: str, tmp_path: Path
+) -> None:
+    saved, at = str(tmp_path / "share.ctx"), tiny_cache.index("48")
+    shared = [*tiny_cache[:at], "40%", *tiny_cache[at + 1 :]]
+    run_json(capsys, "compress", *shared, "--file", long_report, "--output", saved)
+    run_json(capsys, "ask", *shared, "--context", saved, "--question", "A?", "--max-new-tokens", "2")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "foreign"])

@@ -73,7 +73,7 @@ def ask(
     if not question:
         raise ConfigError('nothing to ask; add --question "..." (it may be repeated)')
     llm = open_llm(model)
-    _answer_all(open_context(llm, file=file, context=context), question, sampling, output)
+    _answer_all(open_context(llm, model, file=file, context=context), question, sampling, output)
 
 
 def _prompt_or_stdin(prompt: str | None) -> str:

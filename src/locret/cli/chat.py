@@ -32,7 +32,7 @@ def chat(
     /exit /reset /stats /save FILE. With --json: one message per line of stdin, one JSON object per line of stdout.
     """
     llm = open_llm(model)
-    start = _start(llm, file, context)
+    start = _start(llm, model, file, context)
     current = start.fork()
     last: Output | None = None
     if not output.json:
@@ -69,10 +69,10 @@ def _turn(context: Context, message: str, sampling: SamplingOptions, output: Out
     return stream.output
 
 
-def _start(llm: LLM, file: Path | None, context: Path | None) -> Context:
+def _start(llm: LLM, model: ModelOptions, file: Path | None, context: Path | None) -> Context:
     if file is None and context is None:
         return llm.open()
-    return open_context(llm, file=file, context=context).context
+    return open_context(llm, model, file=file, context=context).context
 
 
 def _save(context: Context, name: str) -> None:

@@ -38,7 +38,7 @@ def compress(
         destination, found, opened = _from_store(llm, store, file)
     else:
         assert destination is not None
-        found, opened = False, open_context(llm, file=file, context=None)
+        found, opened = False, open_context(llm, model, file=file, context=None)
         opened.context.save(destination)
     info: dict[str, Any] = opened.to_dict()
     size = destination.stat().st_size

@@ -174,6 +174,11 @@ class OutputOptions:
     ] = False  # fmt: skip
 
 
+def flag_of(name: str) -> str:
+    """The flag of an option of `CacheConfig`."""
+    return "--" + name.removeprefix("num_").replace("_", "-")
+
+
 # Arguments that more than one verb takes
 FileOption = Annotated[Path | None, Option("--file", help="Document: .txt, .md, .pdf, or - for stdin.")]
 QuestionsOption = Annotated[

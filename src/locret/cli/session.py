@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from locret.cli.options import ModelOptions
+from locret.cli.options import ModelOptions, flag_of
 from locret.cli.output import bytes_text, note, progress
 from locret.documents import read_document
 from locret.errors import ConfigError
@@ -55,8 +55,11 @@ class Opened:
         }
 
 
-def open_context(llm: LLM, *, file: Path | None, context: Path | None) -> Opened:
-    """A document, compressed now (`file`) or loaded as it was saved (`context`)."""
+def open_context(llm: LLM, options: ModelOptions, *, file: Path | None, context: Path | None) -> Opened:
+    """A document, compressed now (`file`) or loaded as it was saved (`context`).
+
+    Raises: ConfigError: both or none of them, or a flag of `options` that the saved context does not follow.
+    """
     if (file is None) == (context is None):
         raise ConfigError("give a document with --file, or a saved context with --context, and not both")
     if file is not None:
@@ -65,7 +68,37 @@ def open_context(llm: LLM, *, file: Path | None, context: Path | None) -> Opened
 
     assert context is not None
     started = time.perf_counter()
-    return Opened(Context.load(context, llm), time.perf_counter() - started)
+    loaded = Context.load(context, llm)
+    _check_flags(context, loaded, options)
+    return Opened(loaded, time.perf_counter() - started)
+
+
+def _check_flags(path: Path, context: Context, options: ModelOptions) -> None:
+    """A saved context goes on with its own plan; a flag that says otherwise must not be ignored."""
+    config, plan = context.llm.config, context.plan
+    names = ["chunk_size", "positions", "storage"]
+    if plan.budget is not None:  # a method that keeps everything has no use for these
+        names += ["budget", "num_stabilizers", "local_window", "num_sinks"]
+    given = options.load_options()
+    for name in [name for name in names if name in given]:
+        wanted = _budget(context) if name == "budget" else getattr(config, name)
+        if wanted != getattr(plan, name):
+            raise ConfigError(
+                f"{path} was saved with {flag_of(name)} {getattr(plan, name)}, and {flag_of(name)} {given[name]} is "
+                "asked for; leave the flag out, or compress the document again with it"
+            )
+
+
+def _budget(context: Context) -> int | None:
+    """Units that the configured budget gives for as many tokens as the context has read."""
+    from locret.config import parse_budget
+    from locret.prefill import Reader
+
+    llm = context.llm
+    number, kind = parse_budget(llm.config.budget)
+    if kind == "units":
+        return int(number)
+    return Reader.start(llm.backbone, llm.method, llm.config, batch=1, prompt_len=context.seen).plan.budget
 
 
 def compress_text(llm: LLM, document: str) -> Opened:
