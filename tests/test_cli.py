@@ -449,6 +449,7 @@ def test_methods_names_what_it_does_not_know(capsys: pytest.CaptureFixture[str])
         (["generate", "--question", "A?", "--question", "B?"], "no document"),
         (["generate", "--prompt", "A", "--question", "B?"], "--prompt and --question"),
         (["compress", "--file", "x.txt"], "--output"),
+        (["chat", "--file", "-"], "stdin cannot be both the document and the turns"),
         (["train", "--output", "x"], "--data"),
         (["train", "--data", "x"], "--output"),
     ],

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from locret.cli.options import ContextOption, FileOption, ModelOptions, OutputOptions, SamplingOptions, with_options
+from typer import Option
+
+from locret.cli.options import ContextOption, ModelOptions, OutputOptions, SamplingOptions, with_options
 from locret.cli.output import emit, note, say, say_stream
 from locret.cli.session import note_stats, open_context, open_llm
-from locret.errors import LocretError
+from locret.errors import ConfigError, LocretError
 
 if TYPE_CHECKING:
     from locret.context import Context
@@ -24,13 +26,20 @@ def chat(
     model: ModelOptions,
     sampling: SamplingOptions,
     output: OutputOptions,
-    file: FileOption = None,
+    file: Annotated[
+        Path | None, Option("--file", help="Document: .txt, .md or .pdf; not -, as stdin has the turns.")
+    ] = None,
     context: ContextOption = None,
 ) -> None:
     """Talk with the model; every turn stays in the same budget.
 
     /exit /reset /stats /save FILE. With --json: one message per line of stdin, one JSON object per line of stdout.
     """
+    if file is not None and str(file) == "-":
+        raise ConfigError(
+            "stdin cannot be both the document and the turns; give a file, or compress it first: ... | "
+            "locret compress --file - --output report.ctx, then locret chat --context report.ctx"
+        )
     llm = open_llm(model)
     start = _start(llm, model, file, context)
     current = start.fork()
