@@ -152,6 +152,21 @@ def test_piped_text_is_the_prompt(
     assert run_json(capsys, "generate")["text"] == "echo from a pipe"
 
 
+def test_a_piped_prompt_says_what_to_do_with_the_file(
+    fake: list[FakeLLM], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, report: str
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Which code?\n")))
+    run_json(capsys, "generate", "--file", report, "--prompt", "-")
+    assert fake[0].prompts == ["The code is 4711.\n\nWhich code?"]
+
+
+def test_blank_text_is_refused_before_a_model_is_loaded(fake: list[FakeLLM], report: str) -> None:
+    assert main(["generate", "--file", report, "--question", ""]) == 2
+    assert main(["ask", "--file", report, "--question", "A?", "--question", ""]) == 2
+    assert main(["generate", "--prompt", ""]) == 2
+    assert fake == []
+
+
 def test_stray_prints_of_libraries_do_not_reach_json(fake: list[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--prompt", "x", "--json"]) == 0
     out, err = capsys.readouterr()
@@ -448,6 +463,10 @@ def test_methods_names_what_it_does_not_know(capsys: pytest.CaptureFixture[str])
         (["generate", "--file", "/nowhere/a.txt"], "no such file"),
         (["generate", "--question", "A?", "--question", "B?"], "no document"),
         (["generate", "--prompt", "A", "--question", "B?"], "--prompt and --question"),
+        (["generate", "--prompt", " "], "--prompt is blank"),
+        (["generate", "--file", "-", "--prompt", "-"], "stdin cannot be both --file and --prompt"),
+        (["generate", "--file", __file__, "--question", ""], "--question is blank"),
+        (["ask", "--file", __file__, "--question", "A?", "--question", " \n"], "--question is blank"),
         (["compress", "--file", "x.txt"], "--output"),
         (["chat", "--file", "-"], "stdin cannot be both the document and the turns"),
         (["train", "--output", "x"], "--data"),

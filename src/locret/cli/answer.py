@@ -14,6 +14,7 @@ from locret.cli.options import (
     OutputOptions,
     QuestionsOption,
     SamplingOptions,
+    typed,
     with_options,
 )
 from locret.cli.output import emit, note, progress, say, say_stream
@@ -40,9 +41,13 @@ def generate(
 
     One --question is read together with the file. Several are answered from one compressed context.
     """
-    asked = [text for text in (prompt, *(question or [])) if text is not None] if file else list(question or [])
+    instruction = typed("--prompt", None if prompt is None else [prompt])
+    asked = typed("--question", question)
     if file is not None:
+        if prompt == "-" and str(file) == "-":
+            raise ConfigError("stdin cannot be both --file and --prompt; give one of them as a file or as text")
         document = read_document(file)
+        asked = ([read_document("-")] if prompt == "-" else instruction) + asked
         if len(asked) > 1:
             _answer_all(compress_text(open_llm(model), document), asked, sampling, output)
             return
@@ -70,10 +75,11 @@ def ask(
     context: ContextOption = None,
 ) -> None:
     """Answer questions from one compressed context: a file compressed now, or one saved by `locret compress`."""
-    if not question:
+    asked = typed("--question", question)
+    if not asked:
         raise ConfigError('nothing to ask; add --question "..." (it may be repeated)')
     llm = open_llm(model)
-    _answer_all(open_context(llm, model, file=file, context=context), question, sampling, output)
+    _answer_all(open_context(llm, model, file=file, context=context), asked, sampling, output)
 
 
 def _prompt_or_stdin(prompt: str | None) -> str:

@@ -11,12 +11,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 from typer import Option
+
+from locret.errors import ConfigError
 
 _MODEL, _CACHE, _SAMPLING, _OUTPUT = "Model", "Cache", "Sampling", "Output"
 
@@ -172,6 +174,17 @@ class OutputOptions:
     debug: Annotated[
         bool, Option("--debug", help="Show the traceback of an error.", rich_help_panel=_OUTPUT)
     ] = False  # fmt: skip
+
+
+def typed(flag: str, texts: Iterable[str] | None) -> list[str]:
+    """What was typed behind `flag`, checked before a model is loaded.
+
+    Raises: ConfigError: a blank text.
+    """
+    given = list(texts or [])
+    if any(not text.strip() for text in given):
+        raise ConfigError(f"{flag} is blank; give some words, or leave it out")
+    return given
 
 
 def flag_of(name: str) -> str:
