@@ -129,6 +129,18 @@ def test_method_options_reach_load_with_their_types(fake: list[FakeLLM], capsys:
     assert "did you mean 'floor'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["--prompt", "--question", "--stop"])
+def test_bytes_that_the_locale_does_not_know_are_utf8_or_refused(
+    fake: list[FakeLLM], capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    arguments = ["generate", "--prompt", "x", flag] if flag == "--stop" else ["generate", flag]
+    run_json(capsys, *arguments, "grüß".encode().decode("ascii", "surrogateescape"))  # argv in the locale C
+    assert "grüß" in (fake[0].prompts if flag != "--stop" else fake[0].sampling["stop"])
+    for bad in ("\udcff hi", "\ud800 hi"):
+        assert main([*arguments, bad]) == 2
+        assert f"{flag} is {bad!a}, which is not UTF-8" in capsys.readouterr().err
+
+
 def test_sampling_flags_reach_generate(fake: list[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
     flags = "--temperature 0.7 --top-k 5 --top-p 0.9 --min-p 0.1 --repetition-penalty 1.1 --seed 3 --stop END --stop ."
     run_json(capsys, "generate", "--prompt", "x", *flags.split())
@@ -365,6 +377,39 @@ def test_chat_json_is_one_object_per_line_and_reset_forgets(
     assert len(turns) == 3
     assert turns[0]["text"] == turns[2]["text"]
     assert turns[1]["prompt_tokens"] > turns[0]["prompt_tokens"]
+
+
+@pytest.mark.parametrize("name", ["", "file.txt/talk.ctx", "talk\0.ctx", "a" * 300])
+def test_a_conversation_goes_on_after_it_could_not_be_saved(
+    tiny: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "file.txt").write_text("x")
+    lines = f"hi there\n/save {tmp_path}/{name}\nagain\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    assert main(["chat", *tiny, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert [next(iter(json.loads(line))) for line in out.splitlines()] == ["text", "error", "text"]
+    assert ("is a folder" if not name else "cannot be written") in err
+
+
+def test_a_message_that_is_not_utf8_does_not_cost_the_others(
+    tiny: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = b"hi there\n\xff bad\nagain\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
+    assert main(["chat", *tiny, "--json"]) == 0
+    first, bad, last = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert bad["error"]["type"] == "DataError"
+    assert "byte 0xff at offset 0" in bad["error"]["message"]
+    assert last["prompt_tokens"] > first["prompt_tokens"]
+
+
+def test_compress_to_a_folder_is_refused_before_anything_is_read(
+    fake: list[FakeLLM], capsys: pytest.CaptureFixture[str], report: str, tmp_path: Path
+) -> None:
+    assert main(["compress", "--file", report, "--output", str(tmp_path)]) == 2
+    assert "is a folder" in capsys.readouterr().err
+    assert fake == []
 
 
 def test_inspect_counts_the_pairs_that_keep_a_token(

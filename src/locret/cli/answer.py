@@ -41,13 +41,15 @@ def generate(
 
     One --question is read together with the file. Several are answered from one compressed context.
     """
-    instruction = typed("--prompt", None if prompt is None else [prompt])
+    if prompt is not None:
+        [prompt] = typed("--prompt", [prompt])
     asked = typed("--question", question)
     if file is not None:
         if prompt == "-" and str(file) == "-":
             raise ConfigError("stdin cannot be both --file and --prompt; give one of them as a file or as text")
         document = read_document(file)
-        asked = ([read_document("-")] if prompt == "-" else instruction) + asked
+        if prompt is not None:
+            asked = [read_document("-") if prompt == "-" else prompt, *asked]
         if len(asked) > 1:
             _answer_all(compress_text(open_llm(model), document), asked, sampling, output)
             return

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from locret.cli.options import ContextOption, ModelOptions, OutputOptions, SamplingOptions, with_options
+from locret.cli.options import ContextOption, ModelOptions, OutputOptions, SamplingOptions, as_unicode, with_options
 from locret.cli.output import emit, note, say, say_stream
-from locret.cli.session import note_stats, open_context, open_llm
-from locret.errors import ConfigError, LocretError
+from locret.cli.session import note_stats, open_context, open_llm, save_context
+from locret.errors import ConfigError, DataError, LocretError
 
 if TYPE_CHECKING:
     from locret.context import Context
@@ -46,10 +46,10 @@ def chat(
     last: Output | None = None
     if not output.json:
         note(_HELP)
-    while (line := _read(prompt=not output.json)) is not None:
-        message = line.strip()
+    while True:
         try:
-            if message == "/exit":
+            message = _read(prompt=not output.json)
+            if message is None or message == "/exit":
                 break
             if message == "/reset":
                 current, last = start.fork(), None
@@ -88,16 +88,22 @@ def _save(context: Context, name: str) -> None:
     if not name:
         note("say where: /save talk.ctx")
         return
-    context.save(Path(name))
+    save_context(context, Path(name))
     note(f"saved; continue with: locret chat --context {name}")
 
 
 def _read(*, prompt: bool) -> str | None:
-    """The next line; None at the end of input."""
-    if prompt and sys.stdin.isatty():
-        try:
-            return input("> ")
-        except EOFError:
-            say("")
-            return None
-    return sys.stdin.readline() or None
+    """The next message; None at the end of input. Raises: DataError: it is not UTF-8."""
+    try:
+        if prompt and sys.stdin.isatty():
+            return as_unicode("the message", input("> ")).strip()
+        line = sys.stdin.buffer.readline()  # bytes: one that is not UTF-8 must not cost the lines after it
+        return line.decode().strip() if line else None
+    except EOFError:
+        say("")
+        return None
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"the message has byte 0x{error.object[error.start]:02x} at offset {error.start}, which is not UTF-8; it "
+            "was not read, send it again as UTF-8"
+        ) from None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from locret.cli.options import ModelOptions, flag_of
 from locret.cli.output import bytes_text, note, progress
 from locret.documents import read_document
-from locret.errors import ConfigError
+from locret.errors import ConfigError, ContextError
 
 if TYPE_CHECKING:
     from locret.context import Context
@@ -107,6 +107,26 @@ def compress_text(llm: LLM, document: str) -> Opened:
     with progress("reading") as report:
         context = llm.compress(document, on_progress=report)
     return Opened(context, time.perf_counter() - started)
+
+
+def save_context(context: Context, path: Path) -> None:
+    """`Context.save`. Raises: ContextError: the file cannot be written."""
+    from safetensors import SafetensorError
+
+    try:
+        refuse_folder(path)
+        context.save(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ContextError(
+            f"{path} cannot be written ({why}); name another file, or look at the permissions and the free space"
+        ) from error
+
+
+def refuse_folder(path: Path) -> None:
+    """Raises: ContextError: a context cannot be saved at `path`, as a folder is there."""
+    if path.is_dir():
+        raise ContextError(f"{path} is a folder; a context is saved to a file, for example {path / 'report.ctx'}")
 
 
 def note_stats(output: Output) -> None:
