@@ -307,6 +307,13 @@ def test_a_broken_context_is_a_users_error(
     assert "report.ctx" in error["message"]
 
 
+def test_a_folder_in_place_of_a_saved_context_is_named_as_one(
+    fake: list[FakeLLM], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["ask", "--context", str(tmp_path), "--question", "A?"]) == 2
+    assert f"{tmp_path} is a folder; --context wants one saved context" in capsys.readouterr().err
+
+
 def test_ask_a_saved_context_or_a_file_but_not_both(fake: list[FakeLLM], report: str) -> None:
     assert main(["ask", "--question", "A?"]) == 2
     assert main(["ask", "--question", "A?", "--file", report, "--context", report]) == 2

@@ -64,9 +64,14 @@ def open_context(llm: LLM, options: ModelOptions, *, file: Path | None, context:
         raise ConfigError("give a document with --file, or a saved context with --context, and not both")
     if file is not None:
         return compress_text(llm, read_document(file))
+    assert context is not None
+    if context.is_dir():
+        raise ContextError(
+            f"{context} is a folder; --context wants one saved context, a file that `locret compress` wrote "
+            f"(`locret contexts {context}` lists those of a store)"
+        )
     from locret.context import Context
 
-    assert context is not None
     started = time.perf_counter()
     loaded = Context.load(context, llm)
     _check_flags(context, loaded, options)
