@@ -246,6 +246,30 @@ def test_several_questions_share_one_compression(
     assert result["kv_bytes"] < result["kv_bytes_full"]
 
 
+def test_the_peak_counts_the_context_and_the_copy_that_answers(
+    tiny: list[str], tiny_cache: list[str], saved_context: str, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from locret import Context
+
+    peaks, chat = [], Context.chat
+
+    def spy(self: Context, *given: Any, **options: Any) -> Output:
+        answer = chat(self, *given, **options)
+        peaks.append(answer.stats.peak_kv_bytes)
+        return answer
+
+    monkeypatch.setattr(Context, "chat", spy)
+    held = run_json(capsys, "inspect", *tiny_cache, "--context", saved_context)["kv_bytes"]
+    result = run_json(capsys, "ask", *tiny, "--context", saved_context, "--question", "A?", "--question", "B?")
+    assert [answer["peak_kv_bytes"] for answer in result["answers"]] == [held + peak for peak in peaks]
+    assert result["peak_kv_bytes"] == held + max(peaks)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"A?")))
+    assert run_json(capsys, "chat", *tiny, "--context", saved_context)["peak_kv_bytes"] == held + peaks[-1]
+    result = run_json(capsys, "demo", *tiny_cache, "--tokens", "1000")
+    assert result["peak_kv_bytes"] == result["kv_bytes"] + max(peaks[3:])
+
+
 def test_a_saved_context_answers_as_a_fresh_one(
     tiny: list[str], tiny_cache: list[str], capsys: pytest.CaptureFixture[str], long_report: str, tmp_path: Path
 ) -> None:

@@ -18,7 +18,7 @@ from locret.cli.options import (
     with_options,
 )
 from locret.cli.output import emit, note, progress, say, say_stream
-from locret.cli.session import Opened, compress_text, note_stats, open_context, open_llm
+from locret.cli.session import Opened, beside, compress_text, note_stats, open_context, open_llm
 from locret.documents import read_document
 from locret.errors import ConfigError
 
@@ -76,7 +76,10 @@ def ask(
     file: FileOption = None,
     context: ContextOption = None,
 ) -> None:
-    """Answer questions from one compressed context: a file compressed now, or one saved by `locret compress`."""
+    """Answer questions from one compressed context: a file compressed now, or one saved by `locret compress`.
+
+    The peak of the KV cache counts the context and the copy of it that answers.
+    """
     asked = typed("--question", question)
     if not asked:
         raise ConfigError('nothing to ask; add --question "..." (it may be repeated)')
@@ -110,7 +113,8 @@ def _answer_all(opened: Opened, questions: list[str], sampling: SamplingOptions,
     """The context is unchanged by a question: each answer is what it would be alone."""
     context = opened.context
     if output.json:
-        answers = [{"question": each, **context.ask(each, **sampling.given()).to_dict()} for each in questions]
+        outputs = [beside(context, context.ask(each, **sampling.given())) for each in questions]
+        answers = [{"question": q, **output.to_dict()} for q, output in zip(questions, outputs, strict=True)]
         emit(several(opened, answers))
         return
     for each in questions:
@@ -118,7 +122,7 @@ def _answer_all(opened: Opened, questions: list[str], sampling: SamplingOptions,
             note(f"> {each}")
         stream = context.stream(each, **sampling.given())
         say_stream(stream)
-        note_stats(stream.output)
+        note_stats(beside(context, stream.output))
 
 
 def several(opened: Opened, answers: list[dict[str, Any]]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typer import Option
 
 from locret.cli.options import ContextOption, ModelOptions, OutputOptions, SamplingOptions, as_unicode, with_options
 from locret.cli.output import emit, note, say, say_stream
-from locret.cli.session import note_stats, open_context, open_llm, save_context
+from locret.cli.session import beside, note_stats, open_context, open_llm, save_context
 from locret.errors import ConfigError, DataError, LocretError
 
 if TYPE_CHECKING:
@@ -61,21 +61,22 @@ def chat(
             elif message.startswith("/"):
                 note(f"unknown command {message.split()[0]!r}; {_HELP}")
             elif message:
-                last = _turn(current, message, sampling, output)
+                last = _turn(start, current, message, sampling, output)
         except LocretError as error:  # a bad turn does not end the conversation
             note(f"error: {error}")
             if output.json:
                 emit({"error": {"type": type(error).__name__, "message": str(error)}}, line=True)
 
 
-def _turn(context: Context, message: str, sampling: SamplingOptions, output: OutputOptions) -> Output:
+def _turn(start: Context, context: Context, message: str, sampling: SamplingOptions, output: OutputOptions) -> Output:
+    """`start` stays beside the conversation, for /reset."""
     if output.json:
-        result = context.chat(message, **sampling.given())
+        result = beside(start, context.chat(message, **sampling.given()))
         emit(result.to_dict(), line=True)
         return result
     stream = context.reply(message, **sampling.given())
     say_stream(stream)
-    return stream.output
+    return beside(start, stream.output)
 
 
 def _start(llm: LLM, model: ModelOptions, file: Path | None, context: Path | None) -> Context:

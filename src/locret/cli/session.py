@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +133,13 @@ def refuse_folder(path: Path) -> None:
     """Raises: ContextError: a context cannot be saved at `path`, as a folder is there."""
     if path.is_dir():
         raise ContextError(f"{path} is a folder; a context is saved to a file, for example {path / 'report.ctx'}")
+
+
+def beside(context: Context, output: Output) -> Output:
+    """An output whose peak counts `context` too, which lives on while a copy of it answers."""
+    stats = output.stats
+    both = dataclasses.replace(stats, peak_kv_bytes=stats.peak_kv_bytes + context.kv_bytes)
+    return dataclasses.replace(output, stats=both)
 
 
 def note_stats(output: Output) -> None:
