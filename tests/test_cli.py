@@ -129,6 +129,18 @@ def test_method_options_reach_load_with_their_types(fake: list[FakeLLM], capsys:
     assert "did you mean 'floor'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["--prompt", "--question", "--stop"])
+def test_bytes_that_the_locale_does_not_know_are_utf8_or_refused(
+    fake: list[FakeLLM], capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    arguments = ["generate", "--prompt", "x", flag] if flag == "--stop" else ["generate", flag]
+    run_json(capsys, *arguments, "grüß".encode().decode("ascii", "surrogateescape"))  # argv in the locale C
+    assert "grüß" in (fake[0].prompts if flag != "--stop" else fake[0].sampling["stop"])
+    for bad in ("\udcff hi", "\ud800 hi"):
+        assert main([*arguments, bad]) == 2
+        assert f"{flag} is {bad!a}, which is not UTF-8" in capsys.readouterr().err
+
+
 def test_sampling_flags_reach_generate(fake: list[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
     flags = "--temperature 0.7 --top-k 5 --top-p 0.9 --min-p 0.1 --repetition-penalty 1.1 --seed 3 --stop END --stop ."
     run_json(capsys, "generate", "--prompt", "x", *flags.split())
@@ -150,6 +162,21 @@ def test_piped_text_is_the_prompt(
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"from a pipe")))
     assert run_json(capsys, "generate")["text"] == "echo from a pipe"
+
+
+def test_a_piped_prompt_says_what_to_do_with_the_file(
+    fake: list[FakeLLM], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, report: str
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Which code?\n")))
+    run_json(capsys, "generate", "--file", report, "--prompt", "-")
+    assert fake[0].prompts == ["The code is 4711.\n\nWhich code?"]
+
+
+def test_blank_text_is_refused_before_a_model_is_loaded(fake: list[FakeLLM], report: str) -> None:
+    assert main(["generate", "--file", report, "--question", ""]) == 2
+    assert main(["ask", "--file", report, "--question", "A?", "--question", ""]) == 2
+    assert main(["generate", "--prompt", ""]) == 2
+    assert fake == []
 
 
 def test_stray_prints_of_libraries_do_not_reach_json(fake: list[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
@@ -195,6 +222,14 @@ def long_report(tmp_path: Path) -> str:
     return str(path)
 
 
+@pytest.fixture
+def saved_context(tiny_cache: list[str], long_report: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """`long_report`, compressed with the flags of `tiny`."""
+    path = str(tmp_path / "report.ctx")
+    run_json(capsys, "compress", *tiny_cache, "--file", long_report, "--output", path)
+    return path
+
+
 def test_several_questions_share_one_compression(
     tiny: list[str], capsys: pytest.CaptureFixture[str], long_report: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,6 +246,30 @@ def test_several_questions_share_one_compression(
     assert result["kv_bytes"] < result["kv_bytes_full"]
 
 
+def test_the_peak_counts_the_context_and_the_copy_that_answers(
+    tiny: list[str], tiny_cache: list[str], saved_context: str, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from locret import Context
+
+    peaks, chat = [], Context.chat
+
+    def spy(self: Context, *given: Any, **options: Any) -> Output:
+        answer = chat(self, *given, **options)
+        peaks.append(answer.stats.peak_kv_bytes)
+        return answer
+
+    monkeypatch.setattr(Context, "chat", spy)
+    held = run_json(capsys, "inspect", *tiny_cache, "--context", saved_context)["kv_bytes"]
+    result = run_json(capsys, "ask", *tiny, "--context", saved_context, "--question", "A?", "--question", "B?")
+    assert [answer["peak_kv_bytes"] for answer in result["answers"]] == [held + peak for peak in peaks]
+    assert result["peak_kv_bytes"] == held + max(peaks)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"A?")))
+    assert run_json(capsys, "chat", *tiny, "--context", saved_context)["peak_kv_bytes"] == held + peaks[-1]
+    result = run_json(capsys, "demo", *tiny_cache, "--tokens", "1000")
+    assert result["peak_kv_bytes"] == result["kv_bytes"] + max(peaks[3:])
+
+
 def test_a_saved_context_answers_as_a_fresh_one(
     tiny: list[str], tiny_cache: list[str], capsys: pytest.CaptureFixture[str], long_report: str, tmp_path: Path
 ) -> None:
@@ -221,6 +280,42 @@ def test_a_saved_context_answers_as_a_fresh_one(
     fresh = run_json(capsys, "ask", *tiny, "--file", long_report, "--question", "A?")
     loaded = run_json(capsys, "ask", *tiny, "--context", str(saved), "--question", "A?")
     assert loaded["text"] == fresh["text"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "saved"),
+    [
+        ("--budget 64", "48"), ("--budget 99%", "48"), ("--budget 1MiB", "48"), ("--chunk-size 13", "16"),
+        ("--stabilizers 7", "8"), ("--local-window 9", "8"), ("--sinks 0", "4"), ("--positions original", "compact"),
+        ("--storage int8", "dense"),
+    ],
+)  # fmt: skip
+def test_a_flag_that_a_saved_context_does_not_follow_is_named(
+    saved_context: str, tiny_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str], flag: str, saved: str
+) -> None:
+    model = f"--model {tiny_folder('llama')} --method knorm --device cpu"
+    for verb in ("ask --question A?", "inspect", "chat"):
+        assert main([*f"{verb} {model} {flag}".split(), "--context", saved_context]) == 2
+        err = capsys.readouterr().err
+        assert f"saved with {flag.split()[0]} {saved}, and {flag} is asked for; leave the flag out" in err
+
+
+def test_flags_that_are_not_given_or_equal_go_with_a_saved_context(
+    saved_context: str, tiny: list[str], tiny_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = f"--model {tiny_folder('llama')} --method knorm --device cpu --max-new-tokens 6".split()
+    same = [*tiny, "--sinks", "4", "--positions", "compact", "--storage", "dense"]
+    answers = [run_json(capsys, "ask", "--question", "A?", "--context", saved_context, *f) for f in (bare, same)]
+    assert answers[0]["text"] == answers[1]["text"]
+
+
+def test_a_share_is_compared_by_the_units_it_gives(
+    tiny_cache: list[str], capsys: pytest.CaptureFixture[str], long_report: str, tmp_path: Path
+) -> None:
+    saved, at = str(tmp_path / "share.ctx"), tiny_cache.index("48")
+    shared = [*tiny_cache[:at], "40%", *tiny_cache[at + 1 :]]
+    run_json(capsys, "compress", *shared, "--file", long_report, "--output", saved)
+    run_json(capsys, "ask", *shared, "--context", saved, "--question", "A?", "--max-new-tokens", "2")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "foreign"])
@@ -234,6 +329,13 @@ def test_a_broken_context_is_a_users_error(
     error = json.loads(capsys.readouterr().out)["error"]
     assert error["type"] == "ContextError"
     assert "report.ctx" in error["message"]
+
+
+def test_a_folder_in_place_of_a_saved_context_is_named_as_one(
+    fake: list[FakeLLM], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["ask", "--context", str(tmp_path), "--question", "A?"]) == 2
+    assert f"{tmp_path} is a folder; --context wants one saved context" in capsys.readouterr().err
 
 
 def test_ask_a_saved_context_or_a_file_but_not_both(fake: list[FakeLLM], report: str) -> None:
@@ -306,6 +408,39 @@ def test_chat_json_is_one_object_per_line_and_reset_forgets(
     assert len(turns) == 3
     assert turns[0]["text"] == turns[2]["text"]
     assert turns[1]["prompt_tokens"] > turns[0]["prompt_tokens"]
+
+
+@pytest.mark.parametrize("name", ["", "file.txt/talk.ctx", "talk\0.ctx", "a" * 300])
+def test_a_conversation_goes_on_after_it_could_not_be_saved(
+    tiny: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "file.txt").write_text("x")
+    lines = f"hi there\n/save {tmp_path}/{name}\nagain\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    assert main(["chat", *tiny, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert [next(iter(json.loads(line))) for line in out.splitlines()] == ["text", "error", "text"]
+    assert ("is a folder" if not name else "cannot be written") in err
+
+
+def test_a_message_that_is_not_utf8_does_not_cost_the_others(
+    tiny: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = b"hi there\n\xff bad\nagain\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
+    assert main(["chat", *tiny, "--json"]) == 0
+    first, bad, last = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert bad["error"]["type"] == "DataError"
+    assert "byte 0xff at offset 0" in bad["error"]["message"]
+    assert last["prompt_tokens"] > first["prompt_tokens"]
+
+
+def test_compress_to_a_folder_is_refused_before_anything_is_read(
+    fake: list[FakeLLM], capsys: pytest.CaptureFixture[str], report: str, tmp_path: Path
+) -> None:
+    assert main(["compress", "--file", report, "--output", str(tmp_path)]) == 2
+    assert "is a folder" in capsys.readouterr().err
+    assert fake == []
 
 
 def test_inspect_counts_the_pairs_that_keep_a_token(
@@ -404,7 +539,12 @@ def test_methods_names_what_it_does_not_know(capsys: pytest.CaptureFixture[str])
         (["generate", "--file", "/nowhere/a.txt"], "no such file"),
         (["generate", "--question", "A?", "--question", "B?"], "no document"),
         (["generate", "--prompt", "A", "--question", "B?"], "--prompt and --question"),
+        (["generate", "--prompt", " "], "--prompt is blank"),
+        (["generate", "--file", "-", "--prompt", "-"], "stdin cannot be both --file and --prompt"),
+        (["generate", "--file", __file__, "--question", ""], "--question is blank"),
+        (["ask", "--file", __file__, "--question", "A?", "--question", " \n"], "--question is blank"),
         (["compress", "--file", "x.txt"], "--output"),
+        (["chat", "--file", "-"], "stdin cannot be both the document and the turns"),
         (["train", "--output", "x"], "--data"),
         (["train", "--data", "x"], "--output"),
     ],

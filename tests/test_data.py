@@ -366,7 +366,9 @@ def test_data_sets_come_by_id_split_or_folder(tmp_path, monkeypatch, tiny_tokeni
         Samples("hf:a/b:nope", tiny_tokenizer)
 
 
-def test_without_the_package_a_data_set_is_a_clear_error(monkeypatch, tiny_tokenizer):
+def test_without_the_package_a_data_set_is_a_clear_error(monkeypatch, tiny_tokenizer, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ConfigError, match="pip install datasets"):
         Samples("hf:a/b", tiny_tokenizer)
+    with pytest.raises(ConfigError, match=r"is a folder; give a file of JSON lines .*pip install datasets"):
+        Samples(tmp_path, tiny_tokenizer)

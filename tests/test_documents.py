@@ -66,6 +66,15 @@ def test_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_document("-") == "grüß"
 
 
+def test_a_pdf_on_stdin_is_read_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = pdf(tmp_path / "a.pdf", "The code is 4711").read_bytes()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    assert read_document("-") == "The code is 4711"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"%PDF-1.7 broken")))
+    with pytest.raises(DataError, match="stdin is not a readable PDF"):
+        read_document("-")
+
+
 def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "report.txt").write_text("x")
     with pytest.raises(DataError, match=r"reprot\.txt: no such file .*did you mean .*report\.txt"):

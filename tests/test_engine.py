@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import build_byte_tokenizer, build_tiny_model
 from oracles import llm_of, speak, spy_lengths, tokens
+from transformers import GenerationConfig, StoppingCriteriaList
 
 import locret
 import locret.decode
@@ -147,6 +148,38 @@ def test_attach_refuses_what_it_cannot_do():
             model.generate(tokens(10), attention_mask=mask, do_sample=False, max_new_tokens=3)
     with pytest.raises(ConfigError, match=r"'budge'.*did you mean 'budget'"), attach(model, method="knorm", budge=3):
         pass
+
+
+@pytest.mark.parametrize("where", ["keyword", "config", "model"])
+def test_stop_strings_end_an_attached_generate_where_they_end_a_plain_one(where):
+    model = build_tiny_model("llama")
+    ids = tokens(60)
+    whole = model.generate(ids, do_sample=False, max_new_tokens=12)[0, 60:].tolist()
+    stop = [next(text for text in map(TOKENIZER.decode, whole) if text.isascii() and text.isalnum())]
+    options = dict(tokenizer=TOKENIZER)
+    if where == "config":
+        options["generation_config"] = GenerationConfig(stop_strings=stop, do_sample=False, max_new_tokens=12)
+    else:
+        options |= dict(do_sample=False, max_new_tokens=12)
+    if where == "keyword":
+        options["stop_strings"] = stop
+    if where == "model":
+        model.generation_config.stop_strings = stop
+    want = model.generate(ids, **options)
+    assert want.shape[1] < 60 + len(whole)
+    with attach(model, method="knorm", **BIG):
+        assert torch.equal(model.generate(ids, **options), want)
+        never = StoppingCriteriaList([lambda ids, scores: torch.zeros(len(ids), dtype=torch.bool)])
+        assert torch.equal(model.generate(ids, options.pop("generation_config", None), None, never, **options), want)
+        with pytest.raises(ConfigError, match="add tokenizer=tokenizer"):
+            model.generate(ids, stop_strings=stop)
+
+
+@pytest.mark.parametrize("name", ["output_scores", "output_logits", "output_attentions", "output_hidden_states"])
+def test_attach_refuses_results_that_it_does_not_fill(name):
+    model = build_tiny_model("llama", attn_implementation="eager")
+    with attach(model, method="knorm", **SMALL), pytest.raises(ConfigError, match=f"{name} with return_dict"):
+        model.generate(tokens(10), max_new_tokens=3, do_sample=False, return_dict_in_generate=True, **{name: True})
 
 
 def test_attach_inside_attach_goes_back_to_the_outer_one():

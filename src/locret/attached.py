@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from locret.backbone import Backbone
@@ -23,6 +31,8 @@ from locret.engine import LLM
 from locret.errors import ConfigError
 from locret.heads import RetainingHeads
 from locret.prefill import Reader
+
+_NOT_FILLED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 
 @contextlib.contextmanager
@@ -33,7 +43,8 @@ def attach(
     """Make `model.generate()` keep its KV cache in a budget.
 
     Args: as for `locret.load`; the model is one that transformers has loaded.
-    Raises: ConfigError on entering for bad options; in `generate` for beam search and assisted decoding.
+    Raises: ConfigError on entering for bad options; in `generate` for beam search, assisted decoding, and
+            scores, logits, attentions or hidden states in the result.
     """
     config = CacheConfig.from_dict(cache_options)
     llm = LLM.build(Backbone(model), heads=heads, method=method, method_options=method_options, config=config)
@@ -49,10 +60,29 @@ def attach(
 
 def _generate(llm: LLM, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     """`model.generate` with our loop. transformers drops the streamer and the assistant for a loop of one's own."""
-    if kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens"):
+    plain = types.MethodType(cast(Any, type(model)).generate, model)
+    options = dict(inspect.signature(plain).bind(*args, **kwargs).arguments)  # by name, however they were passed
+    options |= options.pop("kwargs", {})
+    if options.get("assistant_model") is not None or options.get("prompt_lookup_num_tokens"):
         raise ConfigError("assisted decoding needs a cache that can be rolled back; locret decodes token by token")
-    loop = functools.partial(_loop, llm=llm, streamer=kwargs.pop("streamer", None))
-    return cast(Any, type(model)).generate(model, *args, custom_generate=loop, **kwargs)
+    loop = functools.partial(_loop, llm=llm, streamer=options.pop("streamer", None))
+    _take_stop_strings(model, options)
+    return plain(custom_generate=loop, **options)
+
+
+def _take_stop_strings(model: PreTrainedModel, options: dict[str, Any]) -> None:
+    """Put them into the stopping criteria: transformers would, but drops the tokenizer for a loop of one's own."""
+    tokenizer = options.pop("tokenizer", None)
+    configs = (options.get("generation_config"), model.generation_config)
+    found = [config.stop_strings for config in configs if config is not None and config.stop_strings is not None]
+    texts = options["stop_strings"] if "stop_strings" in options else next(iter(found), None)
+    if texts is None:
+        return
+    if tokenizer is None:
+        raise ConfigError(f"stop_strings {texts!r} need the model's tokenizer; add tokenizer=tokenizer to generate()")
+    given = options.get("stopping_criteria") or []
+    options["stopping_criteria"] = StoppingCriteriaList([*given, StopStringCriteria(tokenizer, texts)])
+    options["stop_strings"] = None  # a keyword wins over the configurations
 
 
 @torch.inference_mode()
@@ -69,6 +99,10 @@ def _loop(
         raise ConfigError(
             f"num_beams is {generation_config.num_beams}; locret decodes greedily or by sampling (1 beam)"
         )
+    asked = [name for name in _NOT_FILLED if getattr(generation_config, name, None)]
+    if generation_config.return_dict_in_generate and asked:
+        raise ConfigError(f"{', '.join(asked)} with return_dict_in_generate; locret returns sequences only: leave "
+                          "that out, or generate outside of attach")  # fmt: skip
     if streamer is not None:
         streamer.put(input_ids.cpu())
     groups = _groups(input_ids, model_inputs.get("attention_mask"), llm, generation_config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import BinaryIO
@@ -9,10 +10,11 @@ from typing import BinaryIO
 from locret.errors import DataError
 
 READABLE = (".txt", ".md", ".pdf", "- (stdin)")
+_PDF = b"%PDF-"  # how every PDF begins
 
 
 def read_document(source: str | Path) -> str:
-    """The text of a .pdf, of stdin ("-"), or of any other file, which must be UTF-8.
+    """The text of a PDF, of stdin ("-", a PDF or text), or of any other file, which must be UTF-8.
 
     White space at the end is dropped: models were trained with one blank line between a document and a question.
 
@@ -23,7 +25,8 @@ def read_document(source: str | Path) -> str:
 
 def _read(source: str | Path) -> str:
     if str(source) == "-":
-        return _decode(_stdin().read(), "stdin")
+        data = _stdin().read()
+        return _pdf_text(data, "stdin") if data.startswith(_PDF) else _decode(data, "stdin")
     path = Path(source)
     try:
         data = path.read_bytes()
@@ -34,8 +37,8 @@ def _read(source: str | Path) -> str:
                         f"locret generate --file - ...") from None  # fmt: skip
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from None
-    if path.suffix.lower() == ".pdf" or data.startswith(b"%PDF-"):
-        return _pdf_text(path)
+    if path.suffix.lower() == ".pdf" or data.startswith(_PDF):
+        return _pdf_text(data, str(path))
     return _decode(data, str(path))
 
 
@@ -57,7 +60,7 @@ def _decode(data: bytes, name: str) -> str:
     return text.replace("\r\n", "\n")
 
 
-def _pdf_text(path: Path) -> str:
+def _pdf_text(data: bytes, name: str) -> str:
     """The pages' text with a blank line between pages."""
     import logging
 
@@ -65,9 +68,9 @@ def _pdf_text(path: Path) -> str:
     from pypdf.errors import DependencyError, FileNotDecryptedError, PyPdfError
 
     logging.getLogger("pypdf").setLevel(logging.ERROR)  # it warns per object about files that read well enough
-    locked = DataError(f"{path} is encrypted; save a copy without a password (qpdf --decrypt in.pdf out.pdf)")
+    locked = DataError(f"{name} is encrypted; save a copy without a password (qpdf --decrypt in.pdf out.pdf)")
     try:
-        reader = PdfReader(path)
+        reader = PdfReader(io.BytesIO(data))
         if reader.is_encrypted and not reader.decrypt(""):  # many files have an empty user password
             raise locked
         text = "\n\n".join(page.extract_text() for page in reader.pages)
@@ -77,9 +80,9 @@ def _pdf_text(path: Path) -> str:
         raise
     except (PyPdfError, ValueError, KeyError, TypeError, IndexError, AttributeError, OSError, RecursionError) as error:
         # pypdf raises plain Python errors on damaged objects
-        raise DataError(f"{path} is not a readable PDF ({error}); open and re-save it, or convert it to text") from None
+        raise DataError(f"{name} is not a readable PDF ({error}); open and re-save it, or convert it to text") from None
     if not text.strip():
-        raise DataError(f"{path} has {len(reader.pages)} pages and no text in them (scanned?); run OCR on it first")
+        raise DataError(f"{name} has {len(reader.pages)} pages and no text in them (scanned?); run OCR on it first")
     return text
 
 

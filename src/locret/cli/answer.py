@@ -14,10 +14,11 @@ from locret.cli.options import (
     OutputOptions,
     QuestionsOption,
     SamplingOptions,
+    typed,
     with_options,
 )
 from locret.cli.output import emit, note, progress, say, say_stream
-from locret.cli.session import Opened, compress_text, note_stats, open_context, open_llm
+from locret.cli.session import Opened, beside, compress_text, note_stats, open_context, open_llm
 from locret.documents import read_document
 from locret.errors import ConfigError
 
@@ -40,9 +41,15 @@ def generate(
 
     One --question is read together with the file. Several are answered from one compressed context.
     """
-    asked = [text for text in (prompt, *(question or [])) if text is not None] if file else list(question or [])
+    if prompt is not None:
+        [prompt] = typed("--prompt", [prompt])
+    asked = typed("--question", question)
     if file is not None:
+        if prompt == "-" and str(file) == "-":
+            raise ConfigError("stdin cannot be both --file and --prompt; give one of them as a file or as text")
         document = read_document(file)
+        if prompt is not None:
+            asked = [read_document("-") if prompt == "-" else prompt, *asked]
         if len(asked) > 1:
             _answer_all(compress_text(open_llm(model), document), asked, sampling, output)
             return
@@ -69,11 +76,15 @@ def ask(
     file: FileOption = None,
     context: ContextOption = None,
 ) -> None:
-    """Answer questions from one compressed context: a file compressed now, or one saved by `locret compress`."""
-    if not question:
+    """Answer questions from one compressed context: a file compressed now, or one saved by `locret compress`.
+
+    The peak of the KV cache counts the context and the copy of it that answers.
+    """
+    asked = typed("--question", question)
+    if not asked:
         raise ConfigError('nothing to ask; add --question "..." (it may be repeated)')
     llm = open_llm(model)
-    _answer_all(open_context(llm, file=file, context=context), question, sampling, output)
+    _answer_all(open_context(llm, model, file=file, context=context), asked, sampling, output)
 
 
 def _prompt_or_stdin(prompt: str | None) -> str:
@@ -102,7 +113,8 @@ def _answer_all(opened: Opened, questions: list[str], sampling: SamplingOptions,
     """The context is unchanged by a question: each answer is what it would be alone."""
     context = opened.context
     if output.json:
-        answers = [{"question": each, **context.ask(each, **sampling.given()).to_dict()} for each in questions]
+        outputs = [beside(context, context.ask(each, **sampling.given())) for each in questions]
+        answers = [{"question": q, **output.to_dict()} for q, output in zip(questions, outputs, strict=True)]
         emit(several(opened, answers))
         return
     for each in questions:
@@ -110,7 +122,7 @@ def _answer_all(opened: Opened, questions: list[str], sampling: SamplingOptions,
             note(f"> {each}")
         stream = context.stream(each, **sampling.given())
         say_stream(stream)
-        note_stats(stream.output)
+        note_stats(beside(context, stream.output))
 
 
 def several(opened: Opened, answers: list[dict[str, Any]]) -> dict[str, Any]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from locret.cli.options import ContextOption, FileOption, ModelOptions, OutputOptions, SamplingOptions, with_options
+from typer import Option
+
+from locret.cli.options import ContextOption, ModelOptions, OutputOptions, SamplingOptions, as_unicode, with_options
 from locret.cli.output import emit, note, say, say_stream
-from locret.cli.session import note_stats, open_context, open_llm
-from locret.errors import LocretError
+from locret.cli.session import beside, note_stats, open_context, open_llm, save_context
+from locret.errors import ConfigError, DataError, LocretError
 
 if TYPE_CHECKING:
     from locret.context import Context
@@ -24,23 +26,30 @@ def chat(
     model: ModelOptions,
     sampling: SamplingOptions,
     output: OutputOptions,
-    file: FileOption = None,
+    file: Annotated[
+        Path | None, Option("--file", help="Document: .txt, .md or .pdf; not -, as stdin has the turns.")
+    ] = None,
     context: ContextOption = None,
 ) -> None:
     """Talk with the model; every turn stays in the same budget.
 
     /exit /reset /stats /save FILE. With --json: one message per line of stdin, one JSON object per line of stdout.
     """
+    if file is not None and str(file) == "-":
+        raise ConfigError(
+            "stdin cannot be both the document and the turns; give a file, or compress it first: ... | "
+            "locret compress --file - --output report.ctx, then locret chat --context report.ctx"
+        )
     llm = open_llm(model)
-    start = _start(llm, file, context)
+    start = _start(llm, model, file, context)
     current = start.fork()
     last: Output | None = None
     if not output.json:
         note(_HELP)
-    while (line := _read(prompt=not output.json)) is not None:
-        message = line.strip()
+    while True:
         try:
-            if message == "/exit":
+            message = _read(prompt=not output.json)
+            if message is None or message == "/exit":
                 break
             if message == "/reset":
                 current, last = start.fork(), None
@@ -52,43 +61,50 @@ def chat(
             elif message.startswith("/"):
                 note(f"unknown command {message.split()[0]!r}; {_HELP}")
             elif message:
-                last = _turn(current, message, sampling, output)
+                last = _turn(start, current, message, sampling, output)
         except LocretError as error:  # a bad turn does not end the conversation
             note(f"error: {error}")
             if output.json:
                 emit({"error": {"type": type(error).__name__, "message": str(error)}}, line=True)
 
 
-def _turn(context: Context, message: str, sampling: SamplingOptions, output: OutputOptions) -> Output:
+def _turn(start: Context, context: Context, message: str, sampling: SamplingOptions, output: OutputOptions) -> Output:
+    """`start` stays beside the conversation, for /reset."""
     if output.json:
-        result = context.chat(message, **sampling.given())
+        result = beside(start, context.chat(message, **sampling.given()))
         emit(result.to_dict(), line=True)
         return result
     stream = context.reply(message, **sampling.given())
     say_stream(stream)
-    return stream.output
+    return beside(start, stream.output)
 
 
-def _start(llm: LLM, file: Path | None, context: Path | None) -> Context:
+def _start(llm: LLM, model: ModelOptions, file: Path | None, context: Path | None) -> Context:
     if file is None and context is None:
         return llm.open()
-    return open_context(llm, file=file, context=context).context
+    return open_context(llm, model, file=file, context=context).context
 
 
 def _save(context: Context, name: str) -> None:
     if not name:
         note("say where: /save talk.ctx")
         return
-    context.save(Path(name))
+    save_context(context, Path(name))
     note(f"saved; continue with: locret chat --context {name}")
 
 
 def _read(*, prompt: bool) -> str | None:
-    """The next line; None at the end of input."""
-    if prompt and sys.stdin.isatty():
-        try:
-            return input("> ")
-        except EOFError:
-            say("")
-            return None
-    return sys.stdin.readline() or None
+    """The next message; None at the end of input. Raises: DataError: it is not UTF-8."""
+    try:
+        if prompt and sys.stdin.isatty():
+            return as_unicode("the message", input("> ")).strip()
+        line = sys.stdin.buffer.readline()  # bytes: one that is not UTF-8 must not cost the lines after it
+        return line.decode().strip() if line else None
+    except EOFError:
+        say("")
+        return None
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"the message has byte 0x{error.object[error.start]:02x} at offset {error.start}, which is not UTF-8; it "
+            "was not read, send it again as UTF-8"
+        ) from None

@@ -10,7 +10,7 @@ from typer import Argument, Option
 
 from locret.cli.options import FileOption, ModelOptions, OutputOptions, with_options
 from locret.cli.output import bytes_text, emit, progress, say, table
-from locret.cli.session import Opened, open_context, open_llm
+from locret.cli.session import Opened, open_context, open_llm, refuse_folder, save_context
 from locret.documents import read_document
 from locret.errors import ConfigError
 
@@ -33,13 +33,15 @@ def compress(
         raise ConfigError("say where the context goes: a file with --output report.ctx, or a folder with --store DIR")
     if file is None:
         raise ConfigError("there is no document; give one with --file")
+    if destination is not None:
+        refuse_folder(destination)  # before the document is read
     llm = open_llm(model)
     if store is not None:
         destination, found, opened = _from_store(llm, store, file)
     else:
         assert destination is not None
-        found, opened = False, open_context(llm, file=file, context=None)
-        opened.context.save(destination)
+        found, opened = False, open_context(llm, model, file=file, context=None)
+        save_context(opened.context, destination)
     info: dict[str, Any] = opened.to_dict()
     size = destination.stat().st_size
     if output.json:

@@ -10,7 +10,7 @@ from typer import Option
 from locret.cli.answer import several
 from locret.cli.options import ModelOptions, OutputOptions, with_options
 from locret.cli.output import bytes_text, emit, note, say, table
-from locret.cli.session import compress_text, open_llm
+from locret.cli.session import beside, compress_text, open_llm
 
 if TYPE_CHECKING:
     from locret.tasks.base import Sample
@@ -41,7 +41,7 @@ def demo(
     rows: list[dict[str, Any]] = []
     answers: list[dict[str, Any]] = []
     for question in sample.questions:
-        answer = opened.context.ask(question.text, max_new_tokens=48)
+        answer = beside(opened.context, opened.context.ask(question.text, max_new_tokens=48))
         answers.append({"question": question.text, **answer.to_dict()})
         rows.append(
             {

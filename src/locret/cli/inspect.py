@@ -29,7 +29,7 @@ def inspect(
 ) -> None:
     """Show what was kept: shaded text in a terminal, what remains of the text in a pipe, a token table with --json."""
     llm = open_llm(model)
-    opened = open_context(llm, file=file, context=context)
+    opened = open_context(llm, model, file=file, context=context)
     tokens = [int(token) for token in opened.context.ids]
     counts, pairs = kept_counts(opened.context)
     pieces = token_texts(llm, tokens)

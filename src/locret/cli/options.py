@@ -11,12 +11,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 from typer import Option
+
+from locret.errors import ConfigError
 
 _MODEL, _CACHE, _SAMPLING, _OUTPUT = "Model", "Cache", "Sampling", "Output"
 
@@ -159,6 +162,7 @@ class SamplingOptions:
     def given(self) -> dict[str, Any]:
         """Keyword arguments of `LLM.generate`: only what was asked for."""
         named = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        named["stop"] = [as_unicode("--stop", text) for text in self.stop or []]
         return {name: value for name, value in named.items() if value is not None and value != []}
 
 
@@ -172,6 +176,39 @@ class OutputOptions:
     debug: Annotated[
         bool, Option("--debug", help="Show the traceback of an error.", rich_help_panel=_OUTPUT)
     ] = False  # fmt: skip
+
+
+def typed(flag: str, texts: Iterable[str] | None) -> list[str]:
+    """What was typed behind `flag`, checked before a model is loaded.
+
+    Raises: ConfigError: a blank text, or one that is not UTF-8.
+    """
+    given = [as_unicode(flag, text) for text in texts or []]
+    if any(not text.strip() for text in given):
+        raise ConfigError(f"{flag} is blank; give some words, or leave it out")
+    return given
+
+
+def as_unicode(name: str, text: str) -> str:
+    """Text from the command line: Python writes bytes that the locale does not know as surrogates.
+
+    Raises: ConfigError: the bytes are not UTF-8.
+    """
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        pass
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeError:
+        raise ConfigError(f"{name} is {text!a}, which is not UTF-8; type it in a UTF-8 terminal, or give a file "
+                          "with --file") from None  # fmt: skip
+
+
+def flag_of(name: str) -> str:
+    """The flag of an option of `CacheConfig`."""
+    return "--" + name.removeprefix("num_").replace("_", "-")
 
 
 # Arguments that more than one verb takes

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from locret.cli.options import ModelOptions
+from locret.cli.options import ModelOptions, flag_of
 from locret.cli.output import bytes_text, note, progress
 from locret.documents import read_document
-from locret.errors import ConfigError
+from locret.errors import ConfigError, ContextError
 
 if TYPE_CHECKING:
     from locret.context import Context
@@ -55,17 +56,55 @@ class Opened:
         }
 
 
-def open_context(llm: LLM, *, file: Path | None, context: Path | None) -> Opened:
-    """A document, compressed now (`file`) or loaded as it was saved (`context`)."""
+def open_context(llm: LLM, options: ModelOptions, *, file: Path | None, context: Path | None) -> Opened:
+    """A document, compressed now (`file`) or loaded as it was saved (`context`).
+
+    Raises: ConfigError: both or none of them, or a flag of `options` that the saved context does not follow.
+    """
     if (file is None) == (context is None):
         raise ConfigError("give a document with --file, or a saved context with --context, and not both")
     if file is not None:
         return compress_text(llm, read_document(file))
+    assert context is not None
+    if context.is_dir():
+        raise ContextError(
+            f"{context} is a folder; --context wants one saved context, a file that `locret compress` wrote "
+            f"(`locret contexts {context}` lists those of a store)"
+        )
     from locret.context import Context
 
-    assert context is not None
     started = time.perf_counter()
-    return Opened(Context.load(context, llm), time.perf_counter() - started)
+    loaded = Context.load(context, llm)
+    _check_flags(context, loaded, options)
+    return Opened(loaded, time.perf_counter() - started)
+
+
+def _check_flags(path: Path, context: Context, options: ModelOptions) -> None:
+    """A saved context goes on with its own plan; a flag that says otherwise must not be ignored."""
+    config, plan = context.llm.config, context.plan
+    names = ["chunk_size", "positions", "storage"]
+    if plan.budget is not None:  # a method that keeps everything has no use for these
+        names += ["budget", "num_stabilizers", "local_window", "num_sinks"]
+    given = options.load_options()
+    for name in [name for name in names if name in given]:
+        wanted = _budget(context) if name == "budget" else getattr(config, name)
+        if wanted != getattr(plan, name):
+            raise ConfigError(
+                f"{path} was saved with {flag_of(name)} {getattr(plan, name)}, and {flag_of(name)} {given[name]} is "
+                "asked for; leave the flag out, or compress the document again with it"
+            )
+
+
+def _budget(context: Context) -> int | None:
+    """Units that the configured budget gives for as many tokens as the context has read."""
+    from locret.config import parse_budget
+    from locret.prefill import Reader
+
+    llm = context.llm
+    number, kind = parse_budget(llm.config.budget)
+    if kind == "units":
+        return int(number)
+    return Reader.start(llm.backbone, llm.method, llm.config, batch=1, prompt_len=context.seen).plan.budget
 
 
 def compress_text(llm: LLM, document: str) -> Opened:
@@ -74,6 +113,33 @@ def compress_text(llm: LLM, document: str) -> Opened:
     with progress("reading") as report:
         context = llm.compress(document, on_progress=report)
     return Opened(context, time.perf_counter() - started)
+
+
+def save_context(context: Context, path: Path) -> None:
+    """`Context.save`. Raises: ContextError: the file cannot be written."""
+    from safetensors import SafetensorError
+
+    try:
+        refuse_folder(path)
+        context.save(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ContextError(
+            f"{path} cannot be written ({why}); name another file, or look at the permissions and the free space"
+        ) from error
+
+
+def refuse_folder(path: Path) -> None:
+    """Raises: ContextError: a context cannot be saved at `path`, as a folder is there."""
+    if path.is_dir():
+        raise ContextError(f"{path} is a folder; a context is saved to a file, for example {path / 'report.ctx'}")
+
+
+def beside(context: Context, output: Output) -> Output:
+    """An output whose peak counts `context` too, which lives on while a copy of it answers."""
+    stats = output.stats
+    both = dataclasses.replace(stats, peak_kv_bytes=stats.peak_kv_bytes + context.kv_bytes)
+    return dataclasses.replace(output, stats=both)
 
 
 def note_stats(output: Output) -> None:

@@ -242,6 +242,11 @@ def _datasets(text: str) -> Any:
     try:
         return importlib.import_module("datasets")
     except ImportError as error:
+        if Path(text).is_dir():
+            raise ConfigError(
+                f"{text!r} is a folder; give a file of JSON lines or of one JSON array, or the folder of a saved data "
+                "set, whose package is not installed: pip install datasets"
+            ) from error
         raise ConfigError(
             f"{text!r} is a Hugging Face data set, and the package that reads them is not installed: "
             "pip install datasets, or give a file of JSON lines"
