@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import math
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -221,7 +224,7 @@ def test_cancelling_inside_its_own_callback() -> None:
 
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("method", ["knorm", "full"])
-def test_a_poisoned_request_fails_alone(method: str, exact: bool) -> None:
+def test_a_poisoned_request_fails_alone(method: str, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = speak(build_tiny_model("llama"))
     model.model.embed_tokens.weight[POISON] = float("nan")
     llm = llm_of(model, method, **OPTIONS)
@@ -229,8 +232,19 @@ def test_a_poisoned_request_fails_alone(method: str, exact: bool) -> None:
     scheduler = llm.scheduler(slots=6, exact=exact)
     requests = [scheduler.submit(ids, max_new_tokens=9) for ids in clean]
     bad = scheduler.submit([*clean[2], POISON, *clean[2]], max_new_tokens=9)
+    caches: dict[Request, Any] = {}
+    start = scheduler._start
+
+    def starting(request: Request) -> None:
+        start(request)
+        assert request._reader is not None
+        caches[request] = weakref.ref(request._reader.cache)
+
+    monkeypatch.setattr(scheduler, "_start", starting)
     scheduler.run()
     assert bad.status is Status.FAILED
+    gc.collect()
+    assert caches[bad]() is None, "the error's frames hold the cache"
     with pytest.raises(NumericsError, match="NaN"):
         _ = bad.output
     for ids, request in zip(clean, requests, strict=True):
@@ -252,6 +266,43 @@ def test_poison_while_decoding_fails_alone(exact: bool) -> None:
     assert bad.status is Status.FAILED
     assert isinstance(bad.error, NumericsError)
     assert good.output.tokens == llm.generate(PROMPTS[2], max_new_tokens=20).tokens  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}])
+def test_infinite_logits_fail_their_request(sampling: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = talker("full")
+    scheduler = llm.scheduler()
+    request = scheduler.submit(prompt(20), max_new_tokens=9, **sampling)
+    while not request.tokens:
+        scheduler.step()
+    assert request._reader is not None
+    monkeypatch.setattr(request._reader, "step", lambda tokens: torch.full((1, 300), math.inf))
+    scheduler.run()
+    with pytest.raises(NumericsError, match="infinite"):
+        _ = request.output
+
+
+def test_an_interrupted_step_fails_what_it_was_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the token was read is not known, so nothing is made up."""
+    llm = talker("full")
+    scheduler = llm.scheduler()
+    request, waiting = (scheduler.submit(prompt(20, i), max_new_tokens=9) for i in range(2))
+    while not request.tokens:
+        scheduler.step()
+
+    def interrupted(tokens: Any) -> None:
+        raise KeyboardInterrupt
+
+    assert request._reader is not None
+    monkeypatch.setattr(request._reader, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        scheduler.run()
+    assert request.status is Status.FAILED
+    scheduler.run()
+    assert waiting.finished
+    after = scheduler.submit(prompt(20), max_new_tokens=3)
+    scheduler.run()
+    assert len(after.output.tokens) == 3
 
 
 def test_what_never_fits_is_refused_with_the_arithmetic() -> None:

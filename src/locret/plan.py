@@ -281,8 +281,9 @@ def footprint(
     beside = 0
     if not joins and coded:
         beside = shape.num_kv_heads * max(
-            _coded_beside(shape, method, dtype, stores, held, slots, edges, total)
-            for held, slots, window in set(zip(units, room, shape.windows, strict=True)) if window is None
+            (_coded_beside(shape, method, dtype, stores, held, slots, edges, total)
+             for held, slots, window in set(zip(units, room, shape.windows, strict=True)) if window is None),
+            default=0,
         )  # fmt: skip
     elif not reader.cache.joins:
         beside = _moved(budgeted, edges, total) * shape.num_kv_heads * numbers // 2

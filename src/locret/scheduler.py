@@ -29,6 +29,7 @@ import itertools
 import math
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -217,12 +218,18 @@ class Scheduler:
     def step(self) -> bool:
         """One round: admit, read some chunks, one token for everyone who answers. False: there is nothing to do."""
         with self._lock, torch.inference_mode(), self.llm.backbone.seam():
-            self._sweep()
-            self._admit()
-            self._read()
-            self._sweep()
-            self._decode()
-            self._sweep()
+            try:
+                self._sweep()
+                self._admit()
+                self._read()
+                self._sweep()
+                self._decode()
+                self._sweep()
+            except BaseException:  # Ctrl-C: what was being read is neither the one thing nor the other
+                for request in self.requests:
+                    self._fail(request, InterruptedError("the scheduler was interrupted in the middle of a step"))
+                self._sweep()
+                raise
             return bool(self.requests or self.waiting or self._inbox)
 
     def run(self) -> None:
@@ -364,14 +371,14 @@ class Scheduler:
 
     def _chosen(self, requests: list[Request], logits: Tensor) -> Tensor:
         """The next token of each from [n, V], or what says that there is none: [n], on the device."""
-        clean = logits.nan_to_num(0.0, math.inf, -math.inf)
+        clean = logits.nan_to_num(0.0, 0.0, -math.inf)
         chosen = likeliest(clean)
         for i, request in enumerate(requests):
             assert request._sampler is not None
             if not request._sampler.plain:
                 with self._owned(request):
                     chosen[i : i + 1] = self._sample(request, request._sampler, clean[i : i + 1])
-        chosen = chosen.where(~logits.isnan().any(-1), _BAD_LOGITS)
+        chosen = chosen.where(logits.amax(-1).isfinite(), _BAD_LOGITS)
         good = None if self._together is None else self._together.good(requests)
         return chosen if good is None else chosen.where(good, _BAD_SCORES)
 
@@ -390,8 +397,10 @@ class Scheduler:
 
     def _checked(self, request: Request, token: int) -> int:
         if token == _BAD_LOGITS:
-            raise NumericsError(f"the logits of request {request.number} are NaN after {len(request.tokens)} tokens; "
-                                "its prompt or the model's weights overflow (try --dtype float32)")  # fmt: skip
+            raise NumericsError(
+                f"the logits of request {request.number} are NaN or infinite after {len(request.tokens)} tokens; "
+                "its prompt or the model's weights overflow (try --dtype float32)"
+            )
         if token == _BAD_SCORES:
             seen = len(request.prompt) + len(request.tokens)
             raise not_finite(self.llm.method, seen - MOST_STASHED, seen)
@@ -447,6 +456,7 @@ class Scheduler:
                                    "or the budget")  # fmt: skip
             failed.__cause__ = error.with_traceback(None)  # its frames would keep the tensors alive
             error = failed
+        traceback.clear_frames(error.__traceback__)  # they hold the cache, which admission counts as free
         request.error, request.status = error, Status.FAILED
 
     def _sweep(self) -> None:
@@ -490,4 +500,7 @@ def _arithmetic(cost: Footprint) -> str:
 
 
 def _free_bytes(device: torch.device) -> int | None:
-    return int(torch.cuda.mem_get_info(device)[0] * 0.9) if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for whoever asks next
+    return int((torch.cuda.mem_get_info(device)[0] + kept) * 0.9)

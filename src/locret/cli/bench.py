@@ -59,6 +59,8 @@ def _llm(options: ModelOptions, shape: str | None) -> LLM:
         return open_llm(options)
     if options.model is not None or options.heads is not None:
         raise ConfigError("--shape has random weights and heads; leave --model and --heads out")
+    if options.method_option:
+        raise ConfigError("--shape runs methods with their defaults; leave --method-option out, or name a --model")
     from locret.bench import random_llm
     from locret.config import CacheConfig
 

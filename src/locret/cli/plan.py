@@ -43,6 +43,8 @@ def plan(
         if kind != "bytes":
             raise ConfigError(f"--memory {memory!r} has no unit; write 24GB or 16GiB")
         memory_bytes = int(number)
+    if model.method_option:
+        raise ConfigError("plans are of methods with their defaults; leave --method-option out")
     quiet_transformers()
     if shape is not None:
         found = Shape.of(shape_config(shape), shape)
