@@ -496,3 +496,13 @@ def test_tensors_of_other_models_beside_the_weights_are_no_trouble(changed_folde
 def test_a_saved_model_of_any_family_loads(family, tiny_folder):
     """Tied weights and experts in one piece lie in the file in another way than in the model."""
     Backbone.load(tiny_folder(family), device="cpu")
+
+
+def test_a_device_that_is_none_is_refused_by_name(monkeypatch):
+    for name in ("foo", "cuda:x", None):
+        with pytest.raises(ConfigError, match=rf"device '{name}' is not known; use auto, cpu, cuda or cuda:N"):
+            Backbone.load(device=name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="device 'cuda:2': this machine's GPUs are cuda:0 to cuda:1"):
+        Backbone.load(device="cuda:2")

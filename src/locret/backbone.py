@@ -202,11 +202,10 @@ class Backbone:
             options: further keywords of `from_pretrained`: quantization_config, device_map, max_memory, revision ...
                 With a device_map the model stays where that puts it. tp_plan="auto", on the processes of torchrun:
                 each takes its share of every layer (tensor parallel).
-        Raises: BackboneError: it cannot be loaded, or cannot be run faithfully.
+        Raises: BackboneError: it cannot be loaded, or cannot be run faithfully. ConfigError: a device or dtype that
+            is none.
         """
-        where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        if where.type == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(f"device {device!r}: this torch ({torch.__version__}) sees no CUDA GPU; use --device cpu")
+        where = _device(device)
         dtype = str(dtype).removeprefix("torch.")
         if dtype not in (*_DTYPES, "auto"):
             raise unknown("dtype", dtype, [*_DTYPES, "auto"])
@@ -534,6 +533,21 @@ def _fixed_frequencies(real: nn.Module, *, by_prompt: bool) -> Iterator[None]:
         yield
     finally:
         del real.forward
+
+
+def _device(name: str | torch.device) -> torch.device:
+    """Raises: ConfigError: no device that torch knows, or a GPU that it does not see."""
+    try:
+        where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except (RuntimeError, TypeError):
+        raise ConfigError(f"device {str(name)!r} is not known; use auto, cpu, cuda or cuda:N (cuda:0, cuda:1 ...)"
+                          ) from None  # fmt: skip
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {str(name)!r}: this torch ({torch.__version__}) sees no CUDA GPU; use --device cpu")
+    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {str(name)!r}: this machine's GPUs are cuda:0 to "
+                          f"cuda:{torch.cuda.device_count() - 1}; use one of them")  # fmt: skip
+    return where
 
 
 def _load_model(path: str, **options: Any) -> tuple[Any, Mapping[str, Any]]:
