@@ -82,20 +82,41 @@ class CacheConfig:
         Raises: ConfigError: the budget cannot hold what is pinned; the message names the numbers.
         """
         budget = _units(parse_budget(self.budget), self.budget, prompt_len, unit_bytes, fixed_bytes)
-        stabilizers = min(2500, budget // 4) if self.num_stabilizers is None else self.num_stabilizers
-        local = min(100, budget // 4) if self.local_window is None else self.local_window
-        interval = max(1, min(128, budget // 8)) if self.decode_interval is None else self.decode_interval
         chunk = min(3072, max(256, budget)) if self.chunk_size is None else self.chunk_size
-        newest = max(stabilizers, local)
-        pinned = self.num_sinks + num_protected + newest
+        stabilizers, local, interval = self._shares(budget)
+        pinned = self.num_sinks + num_protected + max(stabilizers, local)
         if pinned + min(interval, budget) > budget:
             protected = f" + protected {num_protected}" if num_protected else ""
             raise ConfigError(
-                f"budget {budget} cannot hold its pinned units: num_sinks {self.num_sinks}{protected} + "
+                f"budget {self._said(budget, prompt_len)} cannot hold its pinned units: "
+                f"num_sinks {self.num_sinks}{protected} + "
                 f"max(num_stabilizers {stabilizers}, local_window {local}) + decode_interval {interval} = "
-                f"{pinned + interval}; raise the budget to at least {pinned + interval} or lower one of them"
+                f"{pinned + interval}; raise the budget to at least {self._least(budget, num_protected)} units or "
+                "lower one of them"
             )
         return CachePlan(budget, chunk, self.num_sinks, stabilizers, local, self.positions, interval, self.storage)
+
+    def _shares(self, budget: int) -> tuple[int, int, int]:
+        """(stabilizers, local window, decode interval) of a budget."""
+        stabilizers = min(2500, budget // 4) if self.num_stabilizers is None else self.num_stabilizers
+        local = min(100, budget // 4) if self.local_window is None else self.local_window
+        interval = max(1, min(128, budget // 8)) if self.decode_interval is None else self.decode_interval
+        return stabilizers, local, interval
+
+    def _said(self, budget: int, prompt_len: int | None) -> str:
+        """As the user wrote it, and in units."""
+        kind = parse_budget(self.budget)[1]
+        written = {"units": "", "bytes": f"{self.budget} = ", "share": f"{self.budget} of {prompt_len} tokens = "}[kind]
+        return f"{written}{budget}" + (" units" if written else "")
+
+    def _least(self, budget: int, num_protected: int) -> int:
+        """The least budget that holds what is pinned, above one that does not: defaults grow with the budget."""
+        while True:
+            stabilizers, local, interval = self._shares(budget)
+            needed = self.num_sinks + num_protected + max(stabilizers, local) + interval
+            if needed <= budget:
+                return budget
+            budget = needed  # none between holds it: what is needed never falls as the budget rises
 
 
 @dataclass(frozen=True)
