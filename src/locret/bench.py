@@ -35,7 +35,7 @@ import locret
 from locret.backbone import Backbone
 from locret.config import CacheConfig
 from locret.engine import LLM
-from locret.errors import ConfigError
+from locret.errors import CapacityError, ConfigError
 from locret.heads import HeadsConfig, RetainingHeads
 from locret.methods import Method, get_method
 from locret.plan import DTYPES, Card, Footprint, Shape, decode_work, footprint, prefill_work, shape_config
@@ -344,9 +344,9 @@ def _case(engine: _Engine, ids: Tensor, batches: Sequence[int], new_tokens: int)
                 run.kv[batch] = engine.kv_bytes()
                 peaks = [p for p in (_peak(device), prefill_peak if batch == 1 else None) if p is not None]
                 run.peak[batch] = max(peaks, default=None)
-            except torch.OutOfMemoryError:
+            except (CapacityError, torch.OutOfMemoryError):
                 run.failed[batch] = "out of memory"
-    except torch.OutOfMemoryError:
+    except (CapacityError, torch.OutOfMemoryError):
         run.failed = dict.fromkeys(batches, "out of memory")
     finally:
         engine.stop()
