@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import json
+import shutil
 import types
 import weakref
 
@@ -13,6 +15,7 @@ import torch
 import transformers as tf
 from conftest import _BASE, FAMILIES, build_tiny_model
 from oracles import Recorder, llm_of, reader_of, relative, tokens
+from safetensors.torch import load_file, save_file
 
 from locret.backbone import ATTENTION_NAME, Backbone
 from locret.config import POSITIONS
@@ -444,3 +447,78 @@ def test_streams_that_overlap_leave_the_model_as_it_was():
             assert streams[i].output.tokens == want[i]
         assert llm.backbone.model.config._attn_implementation != "locret"
         assert llm.generate(prompts[0], max_new_tokens=8).tokens == want[0]
+
+
+def drop(tensors, config):
+    del tensors["model.layers.1.self_attn.v_proj.weight"]
+
+
+def fewer_layers(tensors, config):
+    config.update(num_hidden_layers=1)
+
+
+def more_layers(tensors, config):
+    config.update(num_hidden_layers=3)
+
+
+def narrower(tensors, config):
+    config.update(intermediate_size=config["intermediate_size"] - 8)
+
+
+def with_bias(tensors, config):
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.ones(64)
+
+
+def with_others(tensors, config):
+    """What transformers ignores, and what is of no layer of ours."""
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    for name in ("score.weight", "vision.layers.0.self_attn.q_proj.weight"):
+        tensors[name] = torch.ones(2, 2)
+
+
+@pytest.fixture
+def changed_folder(tiny_folder, tmp_path):
+    """A model folder after `change(tensors, config)`."""
+
+    def make(change):
+        folder = shutil.copytree(tiny_folder("llama"), tmp_path / "changed")
+        tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+        change(tensors, config)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (drop, r"1 missing, so they would be random: model\.layers\.1\.self_attn\.v_proj\.weight\. Download"),
+    (more_layers, r"9 missing, .*: model\.layers\.2\.input_layernorm\.weight, .* \.\.\."),
+    (fewer_layers, r"9 of layers or biases that config.json does not have: model\.layers\.1\."),
+    (narrower, r"6 of another shape: model\.layers\.0\.mlp\.down_proj\.weight \(\[\d+, \d+\] in the file, \["),
+    (with_bias, r"1 of layers or biases that config.json does not have: model\.layers\.0\.self_attn\.q_proj\.bias"),
+])  # fmt: skip
+def test_weights_that_are_not_those_of_the_config_are_refused_by_name(change, message, changed_folder):
+    """transformers warns and goes on with random weights, or without the layers."""
+    with pytest.raises(BackboneError, match=message):
+        Backbone.load(changed_folder(change), device="cpu")
+
+
+def test_tensors_of_other_models_beside_the_weights_are_no_trouble(changed_folder):
+    assert Backbone.load(changed_folder(with_others), device="cpu").num_layers == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_model_of_any_family_loads(family, tiny_folder):
+    """Tied weights and experts in one piece lie in the file in another way than in the model."""
+    Backbone.load(tiny_folder(family), device="cpu")
+
+
+def test_a_device_that_is_none_is_refused_by_name(monkeypatch):
+    for name in ("foo", "cuda:x", None):
+        with pytest.raises(ConfigError, match=rf"device '{name}' is not known; use auto, cpu, cuda or cuda:N"):
+            Backbone.load(device=name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="device 'cuda:2': this machine's GPUs are cuda:0 to cuda:1"):
+        Backbone.load(device="cuda:2")

@@ -16,7 +16,7 @@ from locret import bench
 from locret.bench import Card, Report, Row, Spread, random_llm, svg
 from locret.cli import main
 from locret.config import CacheConfig
-from locret.errors import ConfigError
+from locret.errors import CapacityError, ConfigError
 from locret.plan import Shape, footprint, prefill_work, stand_in_method
 
 OPTIONS: dict[str, Any] = dict(budget=40, chunk_size=16)
@@ -75,9 +75,10 @@ def test_floor_of_a_full_cache_counts_all_pairs() -> None:
     assert prefill_work(shape, one, method, torch.float32).flop == want
 
 
-def test_out_of_memory_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), CapacityError("no memory")])
+def test_out_of_memory_is_a_result(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_memory(self: Any, ids: Any, new_tokens: int) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(bench._Full, "start", no_memory)
     report = bench.run(llm_of(**OPTIONS), lengths=[40], batches=[1], new_tokens=2, repeats=1)

@@ -13,7 +13,7 @@ from oracles import Meter, llm_of, method_of, reader_of, spy_lengths, tokens
 from locret.backbone import Backbone
 from locret.cache import NAMES, KVCache, Units, unit_bytes
 from locret.config import CacheConfig
-from locret.errors import NumericsError
+from locret.errors import CapacityError, NumericsError
 from locret.methods.base import Method
 from locret.prefill import Reader
 
@@ -403,3 +403,31 @@ def test_the_count_above_grows_with_a_full_cache(tiniest):
     """The same measurement of a method that evicts nothing: it would have gone red."""
     short, long = (read_long(tiniest, length, method="full", budget=1024)[1] for length in (8_192, 16_384))
     assert long - short >= 8_192 * unit_bytes(8, torch.float32)
+
+
+@pytest.mark.parametrize("storage", ["dense", "int4"])
+@pytest.mark.parametrize("units", [10**12, 10**17, 10**20])
+def test_a_cache_that_does_not_fit_is_refused_with_the_arithmetic(units, storage):
+    """Torch's own errors on a CPU are a RuntimeError and, beyond what a size can be, a TypeError."""
+    with pytest.raises(
+        CapacityError, match=r"no memory on cpu for the cache: [\d,]+ units .* x \d+ B = [\d,]+ B; lower"
+    ):
+        KVCache(windows=[None, None], batch=1, num_kv_heads=2, head_dim=64, capacity=units, chunk_size=8,
+                dtype=torch.float32, device=torch.device("cpu"), storage=storage)  # fmt: skip
+
+
+def test_out_of_gpu_memory_while_a_cache_is_made_is_refused_too(monkeypatch):
+    def no_memory(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Units, "empty", no_memory)
+    with pytest.raises(CapacityError, match="units of single KV heads x") as error:
+        KVCache(windows=[None], batch=1, num_kv_heads=2, head_dim=4, capacity=8, chunk_size=8, dtype=torch.float32,
+                device=torch.device("cpu"))  # fmt: skip
+    assert error.value.__cause__.__traceback__ is None  # its frames would keep tensors alive
+
+
+def test_other_errors_of_an_allocation_are_what_they_were():
+    with pytest.raises(RuntimeError, match="negative dimension"):
+        KVCache(windows=[None], batch=1, num_kv_heads=2, head_dim=4, capacity=-8, chunk_size=8, dtype=torch.float32,
+                device=torch.device("cpu"))  # fmt: skip

@@ -292,6 +292,33 @@ def test_protected_units_that_do_not_fit_are_refused_with_the_numbers(backbone):
         Reader.start(backbone, method_of("knorm", backbone), config, batch=1, prompt_len=100, num_protected=31)
 
 
+def resolved(**options):
+    return CacheConfig(**options).resolve(prompt_len=38, unit_bytes=100)
+
+
+@pytest.mark.parametrize(("options", "others"), [
+    (dict(budget=40), dict(num_sinks=50)), (dict(budget=1), {}), (dict(budget=900), dict(num_sinks=2000)),
+    (dict(budget=10), dict(decode_interval=100)), (dict(budget=7), dict(local_window=9)),
+    (dict(budget="5%"), {}), (dict(budget="500B"), dict(num_sinks=30)),
+], ids=str)  # fmt: skip
+def test_the_least_budget_that_an_error_names_is_the_least_that_works(options, others):
+    """Defaults grow with the budget: the sum of the pins at the refused one was refused too."""
+    with pytest.raises(ConfigError) as error:
+        resolved(**options, **others)
+    least = int(re.search(r"at least (\d+) units", str(error.value))[1])
+    resolved(budget=least, **others)
+    refused = int(re.search(r"(\d+)( units)? cannot hold", str(error.value))[1])
+    for budget in range(refused, least):
+        with pytest.raises(ConfigError):
+            resolved(budget=budget, **others)
+
+
+def test_a_refused_budget_is_named_as_it_was_written():
+    for budget, said in (("5%", "5% of 38 tokens = 2 units"), ("500B", "500B = 5 units"), (" 3 ", "3")):
+        with pytest.raises(ConfigError, match=f"budget {said} cannot hold its pinned units"):
+            resolved(budget=budget)
+
+
 def test_stabilizers_stay_pinned_while_more_chunks_follow_and_only_then(backbone):
     """With scores that fall with age the oldest units win, so the newest stay only where they are pinned."""
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from conftest import build_byte_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from locret.config import Sampling
+from locret.config import SEEDS, Sampling
 from locret.errors import ConfigError
 from locret.sampling import Sampler, TextStream, likeliest, likeliest_of_pieces
 
@@ -191,10 +192,34 @@ def test_drawing_leaves_the_programs_own_random_numbers_alone(options):
     (dict(max_new_tokens=0), "max_new_tokens is 0"), (dict(top_k=-1), "top_k is -1"),
     (dict(repetition_penalty=0), "repetition_penalty is 0"), (dict(stop=("",)), "empty stop string"),
     (dict(temperature=float("nan")), "temperature is nan"),
+    (dict(max_new_tokens=7.5), "max_new_tokens is 7.5; it must be a whole number"),
+    (dict(max_new_tokens=None), "max_new_tokens is None"), (dict(max_new_tokens=True), "max_new_tokens is True"),
+    (dict(temperature="0.5"), "temperature is '0.5'; it must be a number"), (dict(temperature=None), "must be"),
+    (dict(top_p=True), "top_p is True"), (dict(min_p=10**400), "it must be a number"),
+    (dict(top_k=torch.tensor(2.5)), "top_k is tensor"),
+    (dict(top_k=2.5), "top_k is 2.5"), (dict(seed="x"), "seed is 'x'; it must be a whole number"),
+    (dict(seed=1.5), "seed is 1.5"), (dict(seed=2**64), r"seed is 18\d+; it must be from -2\^63 to 2\^64 - 1"),
+    (dict(seed=-(2**63) - 1), "seed is -9"), (dict(repetition_penalty=float("inf")), "repetition_penalty is inf"),
+    (dict(stop=None), "stop is None; it must be a string or several"), (dict(stop=[3]), r"stop is \[3\]"),
 ], ids=str)  # fmt: skip
 def test_impossible_options_are_refused_by_name(options, message):
     with pytest.raises(ConfigError, match=message):
         Sampling(**options)
+
+
+def test_numbers_of_numpy_are_numbers_and_the_range_of_seeds_is_torchs():
+    got = Sampling(max_new_tokens=np.int64(4), top_k=np.int32(2), temperature=np.float32(0.5), seed=np.int64(3))
+    assert got == Sampling(max_new_tokens=4, top_k=2, temperature=0.5, seed=3)
+    assert [type(x) for x in (got.max_new_tokens, got.top_k, got.temperature, got.seed)] == [int, int, float, int]
+    for seed in SEEDS:
+        sampler(seed=seed)
+        with pytest.raises((RuntimeError, ValueError, OverflowError)):
+            torch.Generator().manual_seed(seed + (1 if seed > 0 else -1))
+
+
+def test_whole_numbers_will_do_as_temperature_and_penalty():
+    """transformers' filters take floats only."""
+    assert sampler(temperature=2, repetition_penalty=2, seed=0)(IDS, torch.zeros(1, 9)).shape == (1,)
 
 
 def test_one_stop_string_may_be_given_bare():

@@ -342,6 +342,7 @@ def test_counted_bytes_are_allocated_bytes() -> None:
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+                                   CapacityError("no memory"),
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory")])  # fmt: skip
 def test_out_of_memory_while_admitting_refuses_that_request_only(
     error: Exception, monkeypatch: pytest.MonkeyPatch

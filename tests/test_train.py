@@ -577,6 +577,7 @@ def test_a_step_takes_the_scheduled_rate_and_clips_gradients(backbone, tmp_path)
         ({"evict_budget": 0}, "evict_budget is 0; it must be units"),
         ({"evict_stabilizers": -1}, "evict_stabilizers is -1"),
         ({"top_share": 1}, "top_share is 1"),
+        ({"seed": 2**64}, r"seed is 18446744073709551616; it must be a whole number from 0 to 2\^64 - 1"),
     ],
 )
 def test_bad_options_are_errors(options, message):

@@ -20,9 +20,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import re
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
@@ -46,6 +47,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 # arguments that change what attention computes and that we do not carry
 _UNSUPPORTED_ARGUMENTS = ("s_aux", "head_mask", "position_bias")
+_WEIGHTS = ("weight", "qweight", "weight_packed")  # what a layer's matrix is called, quantised or not
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")  # of a layer, in the name of a tensor
 
 
 class AttentionCall(NamedTuple):
@@ -202,11 +205,10 @@ class Backbone:
             options: further keywords of `from_pretrained`: quantization_config, device_map, max_memory, revision ...
                 With a device_map the model stays where that puts it. tp_plan="auto", on the processes of torchrun:
                 each takes its share of every layer (tensor parallel).
-        Raises: BackboneError: it cannot be loaded, or cannot be run faithfully.
+        Raises: BackboneError: it cannot be loaded, or cannot be run faithfully. ConfigError: a device or dtype that
+            is none.
         """
-        where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        if where.type == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(f"device {device!r}: this torch ({torch.__version__}) sees no CUDA GPU; use --device cpu")
+        where = _device(device)
         dtype = str(dtype).removeprefix("torch.")
         if dtype not in (*_DTYPES, "auto"):
             raise unknown("dtype", dtype, [*_DTYPES, "auto"])
@@ -221,7 +223,7 @@ class Backbone:
                 f"{min(split)} splits a model over processes: start several with torchrun --nproc-per-node"
             )
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=wanted, **options)
+            model, found = _load_model(path, dtype=wanted, **options)
             tokenizer = AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
             raise BackboneError(
@@ -232,6 +234,7 @@ class Backbone:
             if type(error).__module__.startswith("safetensors"):
                 raise BackboneError(f"the weights in {path!r} are broken: {_first_line(error)}") from error
             raise
+        _check_weights(path, model, found)
         if "device_map" not in options and not split:
             model = model.to(where)
         return cls(model.eval(), tokenizer)
@@ -536,6 +539,63 @@ def _fixed_frequencies(real: nn.Module, *, by_prompt: bool) -> Iterator[None]:
         yield
     finally:
         del real.forward
+
+
+def _device(name: str | torch.device) -> torch.device:
+    """Raises: ConfigError: no device that torch knows, or a GPU that it does not see."""
+    try:
+        where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except (RuntimeError, TypeError):
+        raise ConfigError(f"device {str(name)!r} is not known; use auto, cpu, cuda or cuda:N (cuda:0, cuda:1 ...)"
+                          ) from None  # fmt: skip
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {str(name)!r}: this torch ({torch.__version__}) sees no CUDA GPU; use --device cpu")
+    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {str(name)!r}: this machine's GPUs are cuda:0 to "
+                          f"cuda:{torch.cuda.device_count() - 1}; use one of them")  # fmt: skip
+    return where
+
+
+def _load_model(path: str, **options: Any) -> tuple[Any, Mapping[str, Any]]:
+    """The model, and what transformers says about its weights. Other shapes are left to `_check_weights`, which can
+    name them."""
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)
+    return loaded
+
+
+def _check_weights(path: str, model: Any, found: Mapping[str, Any]) -> None:
+    """Refuse a model with random weights, or without layers that its file has: transformers only warns of both.
+
+    Raises: BackboneError: tensors are missing, have other shapes, or have no place; what transformers itself ignores
+        and what quantisers keep beside their weights is no trouble.
+    """
+    missing = set(found.get("missing_keys") or ())
+    if getattr(model, "hf_quantizer", None) is not None:
+        missing = {name for name in missing if name.rpartition(".")[2] in _WEIGHTS}
+    shapes = [f"{name} ({list(file)} in the file, {list(ours)} by config.json)"
+              for name, file, ours in found.get("mismatched_keys") or ()]  # fmt: skip
+    extra = _of_layers(model, found.get("unexpected_keys") or ())
+    troubles = [("missing, so they would be random", missing), ("of another shape", shapes),
+                ("of layers or biases that config.json does not have", extra)]  # fmt: skip
+    said = [f"{len(names)} {trouble}: {_first_names(names)}" for trouble, names in troubles if names]
+    if said:
+        raise BackboneError(f"the weights in {path!r} are not those of its config.json; tensors {'; '.join(said)}. "
+                            "Download or save the folder again, config.json and weights together")  # fmt: skip
+
+
+def _of_layers(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Which of these tensors the model would have with more layers, or with biases; others belong to other models."""
+    ours = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+    kinds = {_NUMBER.sub("*", name) for name in ours}
+    plain = getattr(model, "hf_quantizer", None) is None  # some quantisers write biases of zeros
+    return [name for name in names if _NUMBER.sub("*", name) in kinds
+            or (plain and name.endswith(".bias") and name.removesuffix("bias") + "weight" in ours)]  # fmt: skip
+
+
+def _first_names(names: Iterable[str], count: int = 3) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:count]) + (" ..." if len(listed) > count else "")
 
 
 def _first_line(error: BaseException) -> str:

@@ -24,6 +24,7 @@ Shapes: B batch, Hkv KV heads, S units, D head dim, N numbers of the method's ow
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,6 +35,7 @@ import torch
 from torch import Tensor
 
 from locret import stores
+from locret.errors import CapacityError
 from locret.kernels.compact import Column, compact, compact_scratch
 from locret.storage import Affine, Stored, allocate
 from locret.stores import Holder, Store, layer_store
@@ -278,6 +280,27 @@ def unit_bytes(head_dim: int, dtype: torch.dtype, state: int = 0, storage: str |
     """Bytes of one unit, at most: K and V as stored, score, position, flag and the method's own numbers."""
     store = layer_store(storage) if isinstance(storage, str) else storage
     return stores.unit_bytes(store, head_dim, dtype) + 4 + 4 + 1 + 4 * state
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether torch could not have the memory it asked for; on a CPU it says so by a message only."""
+    said = ("can't allocate memory", "Storage size calculation overflowed", "Overflow when unpacking long")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in said)
+
+
+@contextlib.contextmanager
+def _allocating(units: int, one: int, device: torch.device) -> Iterator[None]:
+    """Raises: CapacityError: there is no room for `units` units (over all rows and KV heads) of `one` bytes."""
+    try:
+        yield
+    except (RuntimeError, TypeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise CapacityError(
+            f"no memory on {device} for the cache: {units:,} units of single KV heads x {one:,} B = "
+            f"{units * one:,} B; lower the budget or the number of sequences at once, or store K and V in fewer bits "
+            "(--storage int8, int4)"
+        ) from error.with_traceback(None)  # its frames would keep the tensors alive
 
 
 @dataclass
@@ -685,15 +708,16 @@ class KVCache:
     def _new(self, index: int, units: int, heads: int | None = None, rows: int | None = None) -> Units | Packed:
         if self.stores is None:
             return self._dense(units, heads, rows)
-        batch, all_heads = self._shape
-        return Packed.empty(self.stores[index], rows or batch, heads or all_heads, units, self._head_dim, self._dtype,
-                            self._device, self._state)  # fmt: skip
+        batch, all_heads = rows or self._shape[0], heads or self._shape[1]
+        store = self.stores[index]
+        one = unit_bytes(self._head_dim, self._dtype, self._state, store)
+        with _allocating(batch * all_heads * units, one, self._device):
+            return Packed.empty(store, batch, all_heads, units, self._head_dim, self._dtype, self._device, self._state)
 
     def _dense(self, units: int, heads: int | None = None, rows: int | None = None) -> Units:
-        batch, all_heads = self._shape
-        return Units.empty(
-            rows or batch, heads or all_heads, units, self._head_dim, self._dtype, self._device, self._state
-        )
+        batch, all_heads = rows or self._shape[0], heads or self._shape[1]
+        with _allocating(batch * all_heads * units, unit_bytes(self._head_dim, self._dtype, self._state), self._device):
+            return Units.empty(batch, all_heads, units, self._head_dim, self._dtype, self._device, self._state)
 
     def _grow(self, index: int, needed: int) -> None:
         layer = self.layers[index]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 import re
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, SupportsIndex, TypeVar
 
 from locret.errors import ConfigError, unknown
 
@@ -16,6 +19,7 @@ STORAGE = (
     "dense", "int8", "int4", "int2", "quanto4", "quanto2", "hqq8", "hqq4", "hqq2", "kivi4", "kivi2", "minikv", "think",
     "think-int4", "lorc",
 )  # fmt: skip  # of `stores`
+SEEDS = (-(2**63), 2**64 - 1)  # what torch's generators take
 _BYTE_UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -78,20 +82,41 @@ class CacheConfig:
         Raises: ConfigError: the budget cannot hold what is pinned; the message names the numbers.
         """
         budget = _units(parse_budget(self.budget), self.budget, prompt_len, unit_bytes, fixed_bytes)
-        stabilizers = min(2500, budget // 4) if self.num_stabilizers is None else self.num_stabilizers
-        local = min(100, budget // 4) if self.local_window is None else self.local_window
-        interval = max(1, min(128, budget // 8)) if self.decode_interval is None else self.decode_interval
         chunk = min(3072, max(256, budget)) if self.chunk_size is None else self.chunk_size
-        newest = max(stabilizers, local)
-        pinned = self.num_sinks + num_protected + newest
+        stabilizers, local, interval = self._shares(budget)
+        pinned = self.num_sinks + num_protected + max(stabilizers, local)
         if pinned + min(interval, budget) > budget:
             protected = f" + protected {num_protected}" if num_protected else ""
             raise ConfigError(
-                f"budget {budget} cannot hold its pinned units: num_sinks {self.num_sinks}{protected} + "
+                f"budget {self._said(budget, prompt_len)} cannot hold its pinned units: "
+                f"num_sinks {self.num_sinks}{protected} + "
                 f"max(num_stabilizers {stabilizers}, local_window {local}) + decode_interval {interval} = "
-                f"{pinned + interval}; raise the budget to at least {pinned + interval} or lower one of them"
+                f"{pinned + interval}; raise the budget to at least {self._least(budget, num_protected)} units or "
+                "lower one of them"
             )
         return CachePlan(budget, chunk, self.num_sinks, stabilizers, local, self.positions, interval, self.storage)
+
+    def _shares(self, budget: int) -> tuple[int, int, int]:
+        """(stabilizers, local window, decode interval) of a budget."""
+        stabilizers = min(2500, budget // 4) if self.num_stabilizers is None else self.num_stabilizers
+        local = min(100, budget // 4) if self.local_window is None else self.local_window
+        interval = max(1, min(128, budget // 8)) if self.decode_interval is None else self.decode_interval
+        return stabilizers, local, interval
+
+    def _said(self, budget: int, prompt_len: int | None) -> str:
+        """As the user wrote it, and in units."""
+        kind = parse_budget(self.budget)[1]
+        written = {"units": "", "bytes": f"{self.budget} = ", "share": f"{self.budget} of {prompt_len} tokens = "}[kind]
+        return f"{written}{budget}" + (" units" if written else "")
+
+    def _least(self, budget: int, num_protected: int) -> int:
+        """The least budget that holds what is pinned, above one that does not: defaults grow with the budget."""
+        while True:
+            stabilizers, local, interval = self._shares(budget)
+            needed = self.num_sinks + num_protected + max(stabilizers, local) + interval
+            if needed <= budget:
+                return budget
+            budget = needed  # none between holds it: what is needed never falls as the budget rises
 
 
 @dataclass(frozen=True)
@@ -123,7 +148,7 @@ class Sampling:
         top_k, top_p, min_p: keep the k likeliest tokens, the smallest set with probability p, tokens with at least
             min_p times the likeliest one's probability. 0, 1.0 and 0.0 switch them off.
         repetition_penalty: above 1 makes tokens of the prompt and the answer less likely (CTRL, arXiv:1909.05858).
-        seed: of the random numbers; None draws a new one each time.
+        seed: of the random numbers, -2^63 to 2^64 - 1; None draws a new one each time.
         stop: strings that end the answer and are not part of it.
     """
 
@@ -137,15 +162,20 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
+        for name in ("max_new_tokens", "top_k"):
+            object.__setattr__(self, name, _whole(name, getattr(self, name)))
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            object.__setattr__(self, name, _real(name, getattr(self, name)))
+        if self.seed is not None:
+            object.__setattr__(self, "seed", _whole("seed", self.seed))
+            _check("seed", self.seed, SEEDS[0] <= self.seed <= SEEDS[1], "from -2^63 to 2^64 - 1")
+        object.__setattr__(self, "stop", _texts("stop", self.stop))
         _check("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, ">= 1")
         _check("temperature", self.temperature, 0 <= self.temperature < math.inf, ">= 0")
         _check("top_k", self.top_k, self.top_k >= 0, ">= 0")
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
         _check("min_p", self.min_p, 0 <= self.min_p < 1, "in [0, 1)")
-        _check("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "> 0")
+        _check("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < math.inf, "> 0")
         if any(not text for text in self.stop):
             raise ConfigError("an empty stop string would end every answer at once; remove it")
 
@@ -219,6 +249,36 @@ def _units(
 def _check(name: str, value: float, good: bool, allowed: str) -> None:
     if not good:
         raise ConfigError(f"{name} is {value}; it must be {allowed}")
+
+
+def _whole(name: str, value: Any) -> int:
+    """An int; numpy's are converted."""
+    try:
+        if isinstance(value, SupportsIndex) and not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:  # arrays and tensors have the method, whatever they hold
+        pass
+    raise ConfigError(f"{name} is {value!r}; it must be a whole number")
+
+
+def _real(name: str, value: Any) -> float:
+    """A float, which is what transformers' filters insist on."""
+    try:
+        if isinstance(value, numbers.Real) and not isinstance(value, bool):
+            return float(value)
+    except OverflowError:  # an int of more than 308 digits
+        pass
+    raise ConfigError(f"{name} is {value!r}; it must be a number")
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    """Strings; a single one may be given bare."""
+    if isinstance(value, str):
+        return (value,)
+    texts = tuple(value) if isinstance(value, Iterable) else (value,)
+    if not all(isinstance(text, str) for text in texts):
+        raise ConfigError(f"{name} is {value!r}; it must be a string or several, () for none")
+    return texts
 
 
 def toml_value(text: str) -> Any:

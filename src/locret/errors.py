@@ -47,4 +47,5 @@ def unknown(kind: str, name: str, valid: Iterable[str]) -> ConfigError:
     names = sorted(valid)
     near = difflib.get_close_matches(name, names, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return ConfigError(f"unknown {kind} {name!r}; valid: {', '.join(names)}{hint}")
+    valid_ones = f"valid: {', '.join(names)}" if names else "it has none"
+    return ConfigError(f"unknown {kind} {name!r}; {valid_ones}{hint}")

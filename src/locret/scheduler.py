@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from locret.cache import out_of_memory
 from locret.config import Sampling
 from locret.decode import Output, Stats, eos_ids, full_cache_bytes
 from locret.errors import CapacityError, ConfigError, NumericsError
@@ -449,7 +450,7 @@ class Scheduler:
                 self._fail(request, error)
 
     def _fail(self, request: Request, error: Exception) -> None:
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+        if isinstance(error, CapacityError) or out_of_memory(error):
             others = len([r for r in self.requests if r is not request])
             failed = CapacityError(f"out of memory for request {request.number}: {_arithmetic(request.cost)}, beside "
                                    f"{others} other requests; try again when they are done, or lower max_bytes, slots "

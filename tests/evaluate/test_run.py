@@ -18,7 +18,7 @@ from eval_samples import fake_score, grid, record, source
 from locret.backbone import Backbone
 from locret.config import CacheConfig
 from locret.engine import LLM
-from locret.errors import ConfigError, DataError, NumericsError
+from locret.errors import CapacityError, ConfigError, DataError, NumericsError
 from locret.evaluate.grid import Grid
 from locret.evaluate.run import run
 from locret.evaluate.source import ListSource
@@ -177,16 +177,20 @@ def test_a_run_that_is_stopped_has_done_the_first_parts_and_goes_on(
     assert complete(given, backbone, tmp_path / "cut", source()) == expected
 
 
+@pytest.mark.parametrize(("error", "message"), [
+    (NumericsError("NaN"), "left out knorm 48 on key at 256: NaN"),
+    (CapacityError("2 units x 3 B"), r"left out knorm 48 on key at 256: no memory for the batch \(2 units x 3 B\)"),
+])  # fmt: skip
 def test_a_method_that_fails_leaves_the_others_alone(
-    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception, message: str, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(self: Any, view: Any) -> Any:
-        raise NumericsError("NaN")
+        raise error
 
     given = grid(methods=["full", "knorm", "recency"], samples=2)
     with monkeypatch.context() as patch:
         patch.setattr(type(get_method("knorm")), "score", broken)
-        with pytest.warns(UserWarning, match="left out knorm 48 on key at 256: NaN"):
+        with pytest.warns(UserWarning, match=message):
             found = run(given, backbone, source(), tmp_path)
     assert found.missing == 2
     assert {line["method"] for line in found.ordered()} == {"full", "recency"}

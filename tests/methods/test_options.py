@@ -33,6 +33,7 @@ def test_texts_become_values_of_the_fields_types(method, texts, want):
     ("snapkv", ["windows=64"], r"option of method snapkv 'windows'; valid: .*did you mean 'window'"),
     ("adakv", ["base.windw=8"], r"option of method adakv 'base.windw'.*did you mean 'base.window'"),
     ("adakv", ["base=locret", "base.window=8"], r"'base.window'; valid: base, floor"),
+    ("locret", ["window=8"], r"unknown option of method locret 'window'; it has none$"),
     ("adakv", ["base=snapvk"], r"unknown method 'snapvk'.*did you mean 'snapkv'"),
     ("snapkv", ["base=locret"], r"option of method snapkv 'base'"),
     ("snapkv", ["window=ten"], r"window=ten: snapkv wants a whole number"),

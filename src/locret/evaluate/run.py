@@ -22,7 +22,7 @@ from locret.backbone import Backbone, model_length
 from locret.config import CacheConfig, Sampling, parse_budget
 from locret.decode import full_cache_bytes
 from locret.engine import LLM
-from locret.errors import ConfigError, DataError, NumericsError
+from locret.errors import CapacityError, ConfigError, DataError, NumericsError
 from locret.evaluate.grid import AS_IT_IS, Block, Grid, Stage, Variant, parse_method
 from locret.evaluate.machine import leave_note
 from locret.evaluate.measures import distances
@@ -259,7 +259,11 @@ class _Runner:
                 references = self._reference(batch)
             try:
                 cells = self._run_batch(variant, batch, references or [], answer=True)
-            except (NumericsError, torch.OutOfMemoryError) as error:  # one method's trouble is not the others'
+            except (
+                NumericsError,
+                CapacityError,
+                torch.OutOfMemoryError,
+            ) as error:  # one method's trouble is not the others'
                 warnings.warn(_trouble(block, variant, error), stacklevel=2)
                 continue
             if references is None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from locret.config import strict
+from locret.config import SEEDS, strict
 from locret.errors import ConfigError, unknown
 from locret.heads import INPUTS
 from locret.labels import LABELS
@@ -111,7 +111,7 @@ class TrainConfig:
         _check("clip_value", self.clip_value, float, lambda v: v > 0, "above 0")
         _check("top_share", self.top_share, float, lambda v: 0 < v < 1, "above 0 and below 1")
         _check("max_dropped", self.max_dropped, float, lambda v: 0 <= v <= 1, "0 to 1")
-        _check("seed", self.seed, int, lambda v: v >= 0, "a whole number of at least 0")
+        _check("seed", self.seed, int, lambda v: 0 <= v <= SEEDS[1], "a whole number from 0 to 2^64 - 1")
         for name in ("truncate", "query_aware", "bucketing"):
             _check(name, getattr(self, name), bool, lambda v: True, "true or false")
         for name in ("description", "init", "label"):
