@@ -268,6 +268,32 @@ def test_poison_while_decoding_fails_alone(exact: bool) -> None:
     assert good.output.tokens == llm.generate(PROMPTS[2], max_new_tokens=20).tokens  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("ahead", [True, False])
+def test_no_memory_for_a_longer_neighbour_harms_nobody(ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slab longer than any before needs a new capture."""
+    llm = talker("full")
+    scheduler = llm.scheduler(slots=4, exact=False)
+    lengths = (20, 20, 1500)
+    requests = [scheduler.submit(prompt(length, i), max_new_tokens=30) for i, length in enumerate(lengths[:2])]
+    while len(requests[0].tokens) < 5:
+        scheduler.step()
+    assert scheduler._together is not None
+    graph = scheduler._together.graph
+    assert graph is not None
+    monkeypatch.setattr(graph, "ahead", ahead)
+
+    def full(*args: Any) -> None:
+        raise torch.OutOfMemoryError("no memory for a capture")
+
+    monkeypatch.setattr(graph._step, "prepare", full)
+    requests.append(scheduler.submit(prompt(lengths[2], 2), max_new_tokens=5))
+    scheduler.run()
+    for i, request in enumerate(requests):
+        alone = llm.generate(prompt(lengths[i], i), max_new_tokens=len(request.output.tokens))
+        assert request.output.tokens == alone.tokens  # type: ignore[union-attr]
+    assert [len(request.tokens) for request in requests] == [30, 30, 5]
+
+
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}])
 def test_infinite_logits_fail_their_request(sampling: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     llm = talker("full")

@@ -85,7 +85,7 @@ class ContextStore:
         """
         if not self.folder.is_dir():
             raise ConfigError(f"there is no folder {self.folder}; `locret compress --store {self.folder}` makes one")
-        files = [(path, path.stat()) for path in self.folder.glob(f"*{_SUFFIX}")]
+        files = [(path, path.stat()) for path in self.folder.glob(f"*{_SUFFIX}") if path.is_file()]
         files.sort(key=lambda pair: (-pair[1].st_mtime, pair[0].name))
         return [_entry(path, stat.st_size) for path, stat in files]
 

@@ -222,7 +222,7 @@ class Context:
                 except (KeyError, RuntimeError, IndexError) as error:
                     raise ContextError(f"{path}: layer {i} is missing or has other shapes than this model") from error
         context = cls(llm, reader, lead=state["lead"])
-        context._pending, context._ids, context._open = list(state["pending"]), [tensors["ids"]], state["open"]
+        context._pending, context._ids, context._open = list(state["pending"]), [tensors["ids"].clone()], state["open"]
         return context
 
     def _can_pin(self, count: int) -> bool:

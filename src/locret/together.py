@@ -70,7 +70,7 @@ class Together:
         if logits:
             self._late = alike
         elif alike:
-            logits = _owned(alike, fail, lambda: self._alike(alike, self._newest(alike)))
+            logits = _owned(alike, fail, lambda: self._shared(alike, fail))
         if rest:
             logits |= _owned(rest, fail, lambda: self._one_by_one(rest, fail))
         return logits
@@ -87,7 +87,7 @@ class Together:
         late = [request for request in self._late if not request.finished]
         if going:
             both, read = [*going, *late], [*(news[r] for r in going), *self._newest(late)]
-            self._ahead = _owned(both, fail, lambda: self._alike(both, read))
+            self._ahead = _owned(both, fail, lambda: self._early(both, read))
 
     def good(self, requests: Sequence[Request]) -> Tensor | None:
         """Whether all scores of each are finite so far: bool [n], on the device; None: none were left for later."""
@@ -106,6 +106,21 @@ class Together:
         rows = {r: r._row for r in requests if r._row is not None}
         logits = self.graph.step(dict(zip(rows.values(), tokens, strict=True)))
         return {request: logits[row] for request, row in rows.items()}
+
+    def _shared(self, requests: Sequence[Request], fail: Fail) -> Logits:
+        """One step for all. A slab longer than any before needs a new capture; without the memory for that they go row
+        by row, so that nobody fails for a neighbour's length."""
+        try:
+            return self._alike(requests, self._newest(requests))
+        except torch.OutOfMemoryError:
+            return self._one_by_one(requests, fail)
+
+    def _early(self, requests: Sequence[Request], tokens: Sequence[Tensor]) -> Logits:
+        """Begun before the host has seen the tokens; without the memory for it the next round does what can be done."""
+        try:
+            return self._alike(requests, tokens)
+        except torch.OutOfMemoryError:
+            return {}
 
     def _one_by_one(self, requests: Sequence[Request], fail: Fail) -> Logits:
         for request in requests:
@@ -127,7 +142,7 @@ class Together:
 
 
 def _owned(requests: Sequence[Request], fail: Fail, run: Callable[[], Logits]) -> Logits:
-    """A failure of a pass itself, such as no memory, is everybody's."""
+    """A failure of a pass itself is everybody's."""
     try:
         return run()
     except Exception as error:
