@@ -124,6 +124,16 @@ def test_without_a_budget_the_largest_that_fits_is_found() -> None:
     assert not make_plan(shape, plan.card, context=131_072, users=2, new_tokens=64, budget=plan.budget + 1).fits
     everything = make_plan(shape, get_card("h200"), context=4096, new_tokens=10)
     assert everything.budget == 4106
+    many = make_plan(shape, get_card("rtx-4090"), context=131_072, users=600)
+    assert many.fits
+    assert many.budget is not None
+    assert many.budget < 256
+    little = get_card("rtx-4090", memory=17_200_000_000)  # not even for what is pinned
+    pinned = make_plan(shape, little, context=131_072, num_stabilizers=3000)
+    assert not pinned.fits
+    assert pinned.budget is not None
+    assert pinned.budget > 3000
+    assert make_plan(shape, get_card("h200"), context=1, new_tokens=1).fits
     nothing = make_plan(shape, get_card("rtx-4090", memory=10**10), context=131_072)
     assert not nothing.fits
     assert nothing.to_dict()["free_bytes"] < 0
@@ -155,6 +165,8 @@ def test_what_is_given_replaces_the_table() -> None:
     ("call", "message"),
     [
         (lambda: get_card("h20"), "did you mean 'h200'"),
+        (lambda: get_card("h200", bandwidth=0.0), "bandwidth is 0.0; it must be positive"),
+        (lambda: get_card("h200", flops=float("nan")), "flops is nan"),
         (lambda: shape_config("llama-3.1-8"), "did you mean 'llama-3.1-8b'"),
         (lambda: shape_config("2x65x96x8x2x264"), "multiple of 8 heads"),
         (lambda: make_plan(Shape.of(shape_config("2x64x96x8x2x264")), SLOW, context=0), "context is 0"),

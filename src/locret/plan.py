@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
@@ -202,9 +203,10 @@ def get_card(
     """A card of the table, with what the caller knows better (taken as it is, not scaled)."""
     if name not in _CARDS:
         raise unknown("card", name, CARDS)
-    given = {key: value for key, value in (("memory", memory), ("bandwidth", bandwidth), ("flops", flops)) if value}
+    named = {"memory": memory, "bandwidth": bandwidth, "flops": flops}
+    given = {key: value for key, value in named.items() if value is not None}
     for key, value in given.items():
-        if value < 0:
+        if not 0 < value < math.inf:
             raise ConfigError(f"{key} is {value}; it must be positive")
     card = dataclasses.replace(_CARDS[name], **given)  # type: ignore[arg-type]
     return dataclasses.replace(card, source=f"{card.source}; given: {', '.join(given)}") if given else card
@@ -519,13 +521,29 @@ def make_plan(
 
     if budget is not None:
         return of(budget)
-    low, high = min(256, context + new_tokens), context + new_tokens  # a larger budget than that holds nothing more
-    if of(high).fits:
-        return of(high)
+
+    def holds(budget: int) -> Plan | None:
+        """None: less than what is pinned."""
+        try:
+            return of(budget)
+        except ConfigError:
+            return None
+
+    low, high = 0, context + new_tokens  # a larger budget than that holds nothing more
+    best, plan = None, of(max(high, _PLENTY)) if holds(high) is None else of(high)
+    if plan.fits:
+        return plan
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if of(middle).fits else (low, middle)
-    return of(low)
+        found = holds(middle)
+        if found is not None and not found.fits:
+            high, plan = middle, found
+        else:
+            low, best = middle, found or best
+    return best or plan
+
+
+_PLENTY = 4096  # units: more than what is pinned by default, for prompts that are shorter than that
 
 
 def stand_in_method(name: str) -> Method:

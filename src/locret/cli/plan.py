@@ -58,7 +58,7 @@ def plan(
     dtype = options.pop("dtype")
     result = make_plan(
         found,
-        get_card(card, memory=memory_bytes, bandwidth=bandwidth and bandwidth * 1e9, flops=tflops and tflops * 1e12),
+        get_card(card, memory=memory_bytes, bandwidth=_scaled(bandwidth, 1e9), flops=_scaled(tflops, 1e12)),
         context=context,
         users=users,
         new_tokens=new_tokens,
@@ -69,6 +69,10 @@ def plan(
         emit(result.to_dict())
     else:
         _show(result)
+
+
+def _scaled(number: float | None, by: float) -> float | None:
+    return None if number is None else number * by
 
 
 def _show(plan: Plan) -> None:
