@@ -11,7 +11,8 @@ Asymmetric affine codes of b bits, as in KIVI (arXiv:2402.02750), quanto and HQQ
     decoded = code * scale + zero,  |x - decoded| <= scale / 2
 
 scale and zero are kept in the dtype of x. A group's minimum is one of its numbers, so as a zero it is exact; the
-scale is rounded up, so that the codes still reach the maximum and half a step bounds the error in bfloat16 too.
+scale is rounded up, so that the codes still reach the maximum. What is decoded is rounded to that dtype on top: with 8
+bits in bfloat16 its last digit may be as large as a step.
 
 Codes are packed in planes: with b = 4, byte j holds channels j and j + D / 2, which is also the pair that RoPE's
 half-rotation mixes; with b = 2 channels j, j + D / 4, j + D / 2 and j + 3 D / 4.
