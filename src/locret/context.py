@@ -195,10 +195,10 @@ class Context:
         state["sha256"] = _digest(tensors, state)
         try:
             atomic_write(path, lambda file: save_file(tensors, file, metadata={"locret": json.dumps(state)}))
-        except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own class
-            raise ContextError(
-                f"{path} cannot be written: {error}; a file that was there before is untouched"
-            ) from error
+        except (OSError, ValueError, SafetensorError) as error:  # safetensors wraps a full disk in its own class
+            why = getattr(error, "strerror", None) or error
+            raise ContextError(f"{path} cannot be written ({why}); name another file, or look at the permissions and "
+                               "the free space. A file that was there before is untouched") from error  # fmt: skip
 
     @classmethod
     def load(cls, path: str | Path, llm: LLM) -> Context:

@@ -10,7 +10,7 @@ from typer import Option
 
 from locret.cli.options import ContextOption, ModelOptions, OutputOptions, SamplingOptions, as_unicode, with_options
 from locret.cli.output import emit, note, say, say_stream
-from locret.cli.session import beside, note_stats, open_context, open_llm, save_context
+from locret.cli.session import beside, note_stats, open_context, open_llm, refuse_folder
 from locret.errors import ConfigError, DataError, LocretError
 
 if TYPE_CHECKING:
@@ -89,7 +89,8 @@ def _save(context: Context, name: str) -> None:
     if not name:
         note("say where: /save talk.ctx")
         return
-    save_context(context, Path(name))
+    refuse_folder(Path(name))
+    context.save(Path(name))
     note(f"saved; continue with: locret chat --context {name}")
 
 

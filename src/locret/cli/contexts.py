@@ -10,7 +10,7 @@ from typer import Argument, Option
 
 from locret.cli.options import FileOption, ModelOptions, OutputOptions, with_options
 from locret.cli.output import bytes_text, emit, progress, say, table
-from locret.cli.session import Opened, open_context, open_llm, refuse_folder, save_context
+from locret.cli.session import Opened, open_context, open_llm, refuse_folder
 from locret.documents import read_document
 from locret.errors import ConfigError
 
@@ -41,7 +41,7 @@ def compress(
     else:
         assert destination is not None
         found, opened = False, open_context(llm, model, file=file, context=None)
-        save_context(opened.context, destination)
+        opened.context.save(destination)
     info: dict[str, Any] = opened.to_dict()
     size = destination.stat().st_size
     if output.json:

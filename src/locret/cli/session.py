@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,23 +116,9 @@ def compress_text(llm: LLM, document: str) -> Opened:
     return Opened(context, time.perf_counter() - started)
 
 
-def save_context(context: Context, path: Path) -> None:
-    """`Context.save`. Raises: ContextError: the file cannot be written."""
-    from safetensors import SafetensorError
-
-    try:
-        refuse_folder(path)
-        context.save(path)
-    except (OSError, ValueError, SafetensorError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise ContextError(
-            f"{path} cannot be written ({why}); name another file, or look at the permissions and the free space"
-        ) from error
-
-
 def refuse_folder(path: Path) -> None:
     """Raises: ContextError: a context cannot be saved at `path`, as a folder is there."""
-    if path.is_dir():
+    if os.path.isdir(path):  # False, where `Path.is_dir` raises: a name that is too long
         raise ContextError(f"{path} is a folder; a context is saved to a file, for example {path / 'report.ctx'}")
 
 
