@@ -213,7 +213,8 @@ def test_the_next_reader_replays_what_was_captured_for_the_last(monkeypatch, new
     for _ in range(3):
         got, cache = decode(backbone, method, config, text[:, :57], text[:, 57:], graph=True, capture=True)
         others.append(cache)  # so that the next one lies elsewhere
-        assert (got - want).float().norm() <= (1e-3 if storage == "dense" else 3e-2) * want.float().norm()
+        rtol = {"dense": 1e-3, "int8": 3e-2, "int4": 1e-1}[storage]  # int4 in bfloat16: as in the test of codes below
+        assert (got - want).float().norm() <= rtol * want.float().norm()
     assert len(captures) == 1
 
 
