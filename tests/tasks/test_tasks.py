@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import random
 import re
@@ -448,6 +449,28 @@ def test_training_examples_fill_the_row(stage, tokenizer, filler):
             assert weights.dtype == np.float32
             assert tokenizer.decode(ids[:1].tolist()) == "<|bos|>"
             assert weights.min() > 0
+
+
+def test_questions_stand_behind_a_blank_line_or_a_single_newline(tokenizer, filler):
+    """RULER has the newline; a model that never saw it takes the question for the document's last line."""
+    sample = build("multikey3", seed=1, length=600, tokenizer=tokenizer, filler=filler)
+    close = dataclasses.replace(sample, gap="\n")
+    texts = [tokenizer.decode(x.training_ids(tokenizer, "one_turn")[0].tolist()) for x in (sample, close)]
+    asked = sample.questions[0].text
+    assert [text.split(asked)[0][-2:] for text in texts] == ["\n\n", sample_end(sample, tokenizer) + "\n"]
+    assert close.messages(tokenizer)[0]["content"].endswith(sample_end(sample, tokenizer) + "\n" + asked)
+    rng, seen = random.Random(3), set()
+    for _ in range(60):
+        text = tokenizer.decode(training_example(rng, 700, tokenizer, {"prose": filler}, "long")[0].tolist())
+        seen |= {
+            bool(re.search(r"[^\n]\n[^\n]{1,200}<\|end\|>", text)),
+            bool(re.search(r"\n\n[^\n]{1,200}<\|end\|>", text)),
+        }
+    assert seen == {True, False}
+
+
+def sample_end(sample, tokenizer):
+    return tokenizer.decode(sample.document.tolist())[-1]
 
 
 def test_statements_can_be_made_to_name_the_value_first(tokenizer, filler):

@@ -51,6 +51,7 @@ class Sample:
     """A document of T tokens (no special ones) with questions.
 
     weights: float32 [T], how much a training loss should count a token: 0.1 for random keys and values, else 1.0.
+    gap: what stands between the document and a question in the same turn.
     """
 
     task: str
@@ -59,6 +60,7 @@ class Sample:
     weights: NDArray[np.float32]
     seed: int | str = 0
     meta: dict[str, Any] = field(default_factory=dict, compare=False)
+    gap: str = BREAK
 
     def prompt_ids(self, tokenizer: Any, question: int = 0, shape: str = "one_turn") -> list[int]:
         """Token ids of the prompt that asks one question; they end with the generation prompt."""
@@ -92,9 +94,9 @@ class Sample:
         if shape == "two_turns":
             turns = [_turn("user", document), _turn("assistant", self.acknowledgement)]
         elif shape == "question_first":
-            texts[0] = texts[0] + BREAK + document + BREAK + texts[0]
+            texts[0] = texts[0] + self.gap + document + self.gap + texts[0]
         else:
-            texts[0] = document + BREAK + texts[0]
+            texts[0] = document + self.gap + texts[0]
         for place, text in zip(asked, texts, strict=True):
             turns += [_turn("user", text), _turn("assistant", self.questions[place].answer)]
         return turns[:-1]
@@ -115,7 +117,7 @@ class Sample:
         """(ids, weights) pieces of a conversation; a weight is one number or an array."""
         encoder = encoder_of(tokenizer)
         chat = encoder.chat
-        space = encoder.ids(BREAK)
+        space = encoder.ids(self.gap)
         pieces: list[tuple[Any, Any]] = [(chat.opening, 1.0)]
         for turn, place in enumerate(asked):
             question = self.questions[place]
@@ -140,9 +142,11 @@ class Sample:
         return pieces
 
 
-def overhead(tokenizer: Any, questions: tuple[Question, ...], shape: str, closed: bool, seed: int | str = 0) -> int:
+def overhead(
+    tokenizer: Any, questions: tuple[Question, ...], shape: str, closed: bool, seed: int | str = 0, gap: str = BREAK
+) -> int:
     """Tokens of a prompt (closed: of a training example) besides the document's own."""
-    empty = Sample("", np.zeros(0, np.int32), questions, np.zeros(0, np.float32), seed)
+    empty = Sample("", np.zeros(0, np.int32), questions, np.zeros(0, np.float32), seed, gap=gap)
     if closed:
         return len(empty.training_ids(tokenizer, shape)[0])
     return len(empty.prompt_ids(tokenizer, 0, shape))

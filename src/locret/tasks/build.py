@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from locret.errors import ConfigError, unknown
 from locret.tasks import families as f
 from locret.tasks import wordings as w
-from locret.tasks.base import Question, Sample, overhead
+from locret.tasks.base import BREAK, Question, Sample, overhead
 from locret.tasks.encode import MARKED_WEIGHT, Encoder, encoder_of
 from locret.tasks.filler import Filler
 from locret.tasks.grammar import Flat, Rendered, Slot, check_wording, fill, fixed, flatten, parse
@@ -132,9 +132,9 @@ def fit_prompt(tokenizer: Any, length: int, shape: str, seed: int | str) -> Fit:
     return lambda questions: length - overhead(tokenizer, questions[:1], shape, closed=not questions, seed=seed)
 
 
-def fit_training(tokenizer: Any, length: int, shape: str, seed: int | str) -> Fit:
+def fit_training(tokenizer: Any, length: int, shape: str, seed: int | str, gap: str = BREAK) -> Fit:
     """The training ids, with all questions and answers, have `length` tokens."""
-    return lambda questions: length - overhead(tokenizer, questions, shape, closed=True, seed=seed)
+    return lambda questions: length - overhead(tokenizer, questions, shape, closed=True, seed=seed, gap=gap)
 
 
 def compose(rng: random.Random, plan: Plan, tokenizer: Any, filler: Filler, fit: Fit, seed: int | str) -> Sample:
