@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shlex
@@ -14,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from conftest import pipe
 
 import locret
 from locret.cli import main, output
@@ -160,14 +160,14 @@ def test_one_question_is_read_together_with_the_file(
 def test_piped_text_is_the_prompt(
     fake: list[FakeLLM], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"from a pipe")))
+    pipe(monkeypatch, b"from a pipe")
     assert run_json(capsys, "generate")["text"] == "echo from a pipe"
 
 
 def test_a_piped_prompt_says_what_to_do_with_the_file(
     fake: list[FakeLLM], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, report: str
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Which code?\n")))
+    pipe(monkeypatch, b"Which code?\n")
     run_json(capsys, "generate", "--file", report, "--prompt", "-")
     assert fake[0].prompts == ["The code is 4711.\n\nWhich code?"]
 
@@ -264,7 +264,7 @@ def test_the_peak_counts_the_context_and_the_copy_that_answers(
     result = run_json(capsys, "ask", *tiny, "--context", saved_context, "--question", "A?", "--question", "B?")
     assert [answer["peak_kv_bytes"] for answer in result["answers"]] == [held + peak for peak in peaks]
     assert result["peak_kv_bytes"] == held + max(peaks)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"A?")))
+    pipe(monkeypatch, b"A?")
     assert run_json(capsys, "chat", *tiny, "--context", saved_context)["peak_kv_bytes"] == held + peaks[-1]
     result = run_json(capsys, "demo", *tiny_cache, "--tokens", "1000")
     assert result["peak_kv_bytes"] == result["kv_bytes"] + max(peaks[3:])
@@ -389,7 +389,7 @@ def test_chat_turns_reset_save_and_exit(
 ) -> None:
     saved = tmp_path / "talk.ctx"
     lines = f"hi there\nagain\n/stats\n/save {saved}\n/save\n/reset\nhi there\n/what\n/exit\nnever\n"
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    pipe(monkeypatch, lines.encode())
     assert main(["chat", *tiny]) == 0
     err = capsys.readouterr().err
     assert saved.exists()
@@ -398,13 +398,20 @@ def test_chat_turns_reset_save_and_exit(
     assert "the conversation is forgotten" in err
 
 
+def chat_json(
+    tiny: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, lines: bytes
+) -> tuple[list[Any], str]:
+    """What a conversation of these lines prints: an object a line, and stderr."""
+    pipe(monkeypatch, lines)
+    assert main(["chat", *tiny, "--json"]) == 0
+    out, err = capsys.readouterr()
+    return [json.loads(line) for line in out.splitlines()], err
+
+
 def test_chat_json_is_one_object_per_line_and_reset_forgets(
     tiny: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines = b"hi there\nagain and again\n/reset\nhi there\n"
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
-    assert main(["chat", *tiny, "--json"]) == 0
-    turns = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    turns, _ = chat_json(tiny, capsys, monkeypatch, b"hi there\nagain and again\n/reset\nhi there\n")
     assert len(turns) == 3
     assert turns[0]["text"] == turns[2]["text"]
     assert turns[1]["prompt_tokens"] > turns[0]["prompt_tokens"]
@@ -415,21 +422,15 @@ def test_a_conversation_goes_on_after_it_could_not_be_saved(
     tiny: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
     (tmp_path / "file.txt").write_text("x")
-    lines = f"hi there\n/save {tmp_path}/{name}\nagain\n"
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
-    assert main(["chat", *tiny, "--json"]) == 0
-    out, err = capsys.readouterr()
-    assert [next(iter(json.loads(line))) for line in out.splitlines()] == ["text", "error", "text"]
+    found, err = chat_json(tiny, capsys, monkeypatch, f"hi there\n/save {tmp_path}/{name}\nagain\n".encode())
+    assert [next(iter(one)) for one in found] == ["text", "error", "text"]
     assert ("is a folder" if not name else "cannot be written") in err
 
 
 def test_a_message_that_is_not_utf8_does_not_cost_the_others(
     tiny: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines = b"hi there\n\xff bad\nagain\n"
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
-    assert main(["chat", *tiny, "--json"]) == 0
-    first, bad, last = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    (first, bad, last), _ = chat_json(tiny, capsys, monkeypatch, b"hi there\n\xff bad\nagain\n")
     assert bad["error"]["type"] == "DataError"
     assert "byte 0xff at offset 0" in bad["error"]["message"]
     assert last["prompt_tokens"] > first["prompt_tokens"]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import os
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import pipe
 
 from locret.documents import read_document
 from locret.errors import DataError
@@ -62,15 +61,15 @@ def test_pdf_with_an_empty_password_opens(tmp_path: Path) -> None:
 
 
 def test_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("grüß".encode())))
+    pipe(monkeypatch, "grüß".encode())
     assert read_document("-") == "grüß"
 
 
 def test_a_pdf_on_stdin_is_read_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = pdf(tmp_path / "a.pdf", "The code is 4711").read_bytes()
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    pipe(monkeypatch, data)
     assert read_document("-") == "The code is 4711"
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"%PDF-1.7 broken")))
+    pipe(monkeypatch, b"%PDF-1.7 broken")
     with pytest.raises(DataError, match="stdin is not a readable PDF"):
         read_document("-")
 

@@ -530,7 +530,7 @@ def make_plan(
             return None
 
     low, high = 0, context + new_tokens  # a larger budget than that holds nothing more
-    best, plan = None, of(max(high, _PLENTY)) if holds(high) is None else of(high)
+    best, plan = None, holds(high) or of(max(high, _PLENTY))
     if plan.fits:
         return plan
     while high - low > 1:

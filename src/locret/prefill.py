@@ -110,23 +110,21 @@ class Reader:
     @classmethod
     def resume(
         cls, backbone: Backbone, method: Method, plan: CachePlan, *, seen: int, num_protected: int,
-        rope_length: int | None = None,
+        rope_length: int,
     ) -> Reader:  # fmt: skip
         """A reader for one saved sequence; the caller fills the cache's layers.
 
         Args:
-            rope_length: what its frequencies were chosen by; None: `seen`.
+            rope_length: what its frequencies were chosen by.
         """
-        reader = cls._allocate(backbone, method, plan, 1, seen, None, num_protected)
+        reader = cls._allocate(backbone, method, plan, 1, seen, None, num_protected, rope_length)
         reader.cache.seen = seen
-        if rope_length is not None:
-            reader.rope = backbone.rope(reader.rope.length, rope_length)
         return reader
 
     @classmethod
     def _allocate(
         cls, backbone: Backbone, method: Method, plan: CachePlan, batch: int, prompt_len: int | None,
-        total: int | None, num_protected: int,
+        total: int | None, num_protected: int, rope_length: int | None = None,
     ) -> Reader:  # fmt: skip
         initial = total or prompt_len or 0
         windows = [layer.window for layer in backbone.layers]
@@ -145,7 +143,9 @@ class Reader:
         if capacity is not None and plan.positions == "compact":
             reach = max(capacity) + chunk
             longest = min(longest, reach)
-        return cls(backbone, method, plan, cache, backbone.rope(reach + 1, longest), num_protected, budgets)
+        return cls(
+            backbone, method, plan, cache, backbone.rope(reach + 1, rope_length or longest), num_protected, budgets
+        )
 
     def copy(self) -> Reader:
         """An independent copy; the rotation tables are shared, they only grow."""

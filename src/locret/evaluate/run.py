@@ -38,6 +38,7 @@ from locret.methods import Method
 from locret.tasks.records import Record
 
 Progress = Callable[[int, int], object]
+_TROUBLE = (NumericsError, CapacityError, torch.OutOfMemoryError)
 _MOST_REFERENCES = 2 << 30  # bytes of the full cache's logits that are kept for later parts of a grid
 
 
@@ -259,11 +260,7 @@ class _Runner:
                 references = self._reference(batch)
             try:
                 cells = self._run_batch(variant, batch, references or [], answer=True)
-            except (
-                NumericsError,
-                CapacityError,
-                torch.OutOfMemoryError,
-            ) as error:  # one method's trouble is not the others'
+            except _TROUBLE as error:  # one method's is not the others'
                 warnings.warn(_trouble(block, variant, error), stacklevel=2)
                 continue
             if references is None:
