@@ -6,6 +6,7 @@ processes share one copy. `ProseFiller` needs no files: its text is written by `
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import lzma
@@ -21,6 +22,7 @@ from locret.errors import DataError, unknown
 from locret.files import atomic_write
 from locret.tasks import prose
 from locret.tasks.encode import token_texts
+from locret.tasks.words import reserved
 
 SPLITS = ("train", "heldout")
 FOREIGN_SHARE = 0.1  # letters outside the Latin script that a document may have
@@ -28,6 +30,7 @@ HELDOUT_PERCENT = 3
 _ENDS = (".", "!", "?", '."', '!"', '?"', ".)", ".”", "!”", "?”", ".'", ".’")
 _NOT_ENDS = ("Mr", "Mrs", "Ms", "Dr", "St", "Prof", "vs", "etc", "No", "Vol", "pp", "cf", "e", "g", "i")
 _BATCH = 64
+_COMMON = 2000  # ids follow frequency: below it are the words that hold sentences together
 
 
 class Filler(Protocol):
@@ -119,6 +122,46 @@ class ProseFiller(TokenStream):
         texts = [prose.document(rng, min(200, num_sentences - at)) for at in range(0, num_sentences, 200)]
         ids = _tokenise(iter(texts), tokenizer)
         return cls(ids, *_landmarks(ids, tokenizer))
+
+
+class Renamed:
+    """A stream in which some words stand for others, the same throughout: text that nobody can have learnt by heart.
+
+    A small corpus is read a hundred times. Then a planted fact is found as the one thing that is new, which in text
+    that was never read everything is.
+    """
+
+    def __init__(self, filler: Filler, tokenizer: Any, rng: random.Random):
+        draw = np.random.default_rng(rng.getrandbits(64))
+        size, kinds = _exchangeable(tokenizer)
+        self.filler, self.ids = filler, np.arange(size, dtype=np.int32)
+        share = draw.uniform(0.1, 0.6)
+        for words in kinds:
+            moved = words[draw.random(len(words)) < share]
+            self.ids[moved] = draw.permutation(moved)
+
+    def take(self, rng: random.Random, num_tokens: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Of the stream below, word by word."""
+        ids, breaks = self.filler.take(rng, num_tokens)
+        return self.ids[ids], breaks
+
+
+@functools.lru_cache(maxsize=4)
+def _exchangeable(tokenizer: Any) -> tuple[int, list[NDArray[np.int64]]]:
+    """The size of the vocabulary, and its words of one token: in small letters, and names.
+
+    Neither the commonest words nor those kept for evaluation.
+    """
+    kept = {word.lower() for word in reserved()}
+    texts = token_texts(tokenizer)
+    words = [
+        (i, text[1:]) for i, text in enumerate(texts)
+        if i >= _COMMON and text[:1] == " " and len(text) > 4 and text.isascii() and text[1:].isalpha()
+    ]  # fmt: skip
+    words = [(i, word) for i, word in words if word.lower() not in kept]
+    return len(texts), [
+        np.array([i for i, word in words if alike(word)], np.int64) for alike in (str.islower, str.istitle)
+    ]
 
 
 def _save(path: Path, ids: NDArray[Any]) -> None:

@@ -18,12 +18,13 @@ from locret.tasks.base import BREAK, Sample
 from locret.tasks.build import HELD_OUT_FAMILIES, TASKS, Plan, compose, fit_prompt, fit_training
 from locret.tasks.encode import encoder_of, token_texts
 from locret.tasks.families import frame_words
-from locret.tasks.filler import Filler
+from locret.tasks.filler import Filler, Renamed
 from locret.tasks.words import coined, reserved
 
 __all__ = ["HELD_OUT_FAMILIES", "STAGES", "Stage", "head_samples", "training_example"]
 Fillers = Mapping[str, Filler]  # names: "corpus", "prose"; one of them is enough
 PROSE_SHARE = 0.08
+RENAMED_SHARE = 0.5
 _SHAPE_SHARES = {"one_turn": 0.45, "two_turns": 0.35, "question_first": 0.2}  # several questions: a conversation
 # behind a single newline, as benchmarks put it, a question looks like one more line of a list
 _GAP_SHARES = {BREAK: 0.65, "\n": 0.35}
@@ -87,6 +88,8 @@ def _example(
         ("plain", "sparse", "dense", "copying"), (shares.plain, shares.sparse, shares.dense, shares.copying)
     )[0]
     filler = _filler(rng, fillers)
+    if rng.random() < RENAMED_SHARE:
+        filler = Renamed(filler, tokenizer, rng)
     if length < _SHORTEST or kind == "plain":
         return _plain(rng, length, tokenizer, filler)
     for attempt in range(6):
