@@ -1,6 +1,7 @@
 """Every Triton kernel against its torch path on the device at hand: right, how fast, how near to the memory's speed.
 
     python benchmarks/kernels.py --output benchmarks/results/kernels.json          # a CUDA device; under a minute
+    python benchmarks/kernels.py --sweep prefill --output FILE                     # instead: fused prefill kernels
     TRITON_INTERPRET=1 python benchmarks/kernels.py --tiny                         # does the script run? no timings
 
 Llama-3.1-8B's attention: 32 query and 8 KV heads of 128 channels, bf16. Every call is captured in a CUDA graph, so that
@@ -23,10 +24,13 @@ from typing import Any
 
 import torch
 import triton
+from common import provenance
 from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
 from locret.files import write_text
-from locret.kernels.attention import prefix_causal_attention
+from locret.kernels.attention import PARTS, Part, prefix_causal_attention
+from locret.kernels.choice import KERNELS, present
 from locret.kernels.compact import Column, reference_compact, reference_kept
 from locret.kernels.compact_triton import compact_triton, kept_triton
 from locret.kernels.decode_attention import (
@@ -58,6 +62,13 @@ CODES_SWEEP = [  # slots at once, slots of a program, warps, registers of a thre
     (32, None, 4, 128), (32, None, 2, 168), (32, None, 2, 128),
     (32, None, 1, 255), (16, None, 1, 168), (16, None, 1, 128),  # one warp waits for no other
 ]  # fmt: skip
+
+
+PREFILL = [  # head dim, query rows, prefix
+    *((128, rows, 16_384) for rows in (256, 512, 1024, 2048, 3072, 8192)), (128, 3072, 6000),
+    (64, 1024, 16_384), (64, 3072, 16_384), (256, 1024, 16_384), (256, 3072, 16_384),
+]  # fmt: skip
+FLEX = [(128, 1024, 16_384), (128, 3072, 16_384)]  # FlexAttention is compiled for each shape and part: these only
 
 
 class Shape:
@@ -272,6 +283,85 @@ def codes_sweep(bench: Bench) -> list[Row]:
     return found
 
 
+def prefill_sweep(bench: Bench) -> list[Row]:
+    """Every present kernel for both parts of a chunk's attention: over units before, all visible, and over its own."""
+    shapes = PREFILL if CUDA else [(16, 20, 50)]
+    found = []
+    for dim, rows, prefix in shapes:
+        q = torch.randn(1, bench.shape.hq, rows, dim, device=DEVICE).bfloat16()
+        names = present(torch.cuda.get_device_capability(), dim) if CUDA else ["cpu"]
+        parts = {name: PARTS[name] for name in names} | ({"flex": flex} if (dim, rows, prefix) in FLEX else {})
+        for keys, causal in ((prefix, False), (rows, True)):
+            k, v = (torch.randn(1, bench.shape.hkv, keys, dim, device=DEVICE).bfloat16() for _ in range(2))
+            flops = part_flops(bench.shape.hq, rows, keys, dim, causal)
+            for name, part in parts.items():
+                shape = dict(kernel=name, dim=dim, rows=rows, prefix=prefix, part="chunk" if causal else "prefix")
+                run = functools.partial(part, q, k, v, dim**-0.5, causal)
+                try:
+                    wrong = part_error(run(), q, k, v, dim**-0.5, causal)
+                except Exception as error:  # a package that imports but does not work here: a finding, not the end
+                    found.append(shape | dict(right=False, failed=f"{type(error).__name__}: {error}"))
+                    continue
+                took = timed(run, bench.shape.repeats, bench.flush)
+                rate = round(flops / took["median_us"] / 1e6, 1)
+                found.append(shape | dict(error=wrong, right=wrong <= TOLERANCE, flops=flops, **took, tflops=rate))
+    return found
+
+
+def part_flops(heads: int, rows: int, keys: int, dim: int, causal: bool) -> int:
+    pairs = rows * (rows + 1) // 2 if causal else rows * keys
+    return 4 * heads * pairs * dim  # two products, a multiplication and an addition each
+
+
+def part_error(part: Part, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> float:
+    """The largest error of the last rows, of outputs or log-sum-exps, relative to the largest value of each."""
+    last = min(64, q.shape[2])
+    q, k, v = q[:, :, -last:].double(), k.double(), v.double()
+    groups = q.shape[1] // k.shape[1]
+    logits = q @ k.repeat_interleave(groups, 1).mT * scale
+    if causal:
+        hidden = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).triu(k.shape[2] - last + 1)
+        logits = logits.masked_fill(hidden, float("-inf"))
+    want = logits.softmax(-1) @ v.repeat_interleave(groups, 1), logits.logsumexp(-1)
+    pairs = zip((part.out[:, :, -last:], part.lse[:, :, -last:]), want, strict=True)
+    errors = [float((got.double() - true).abs().max() / true.abs().max()) for got, true in pairs]
+    return max(errors) if all(error == error for error in errors) else float("inf")  # NaN is no small error
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Part:
+    """FlexAttention as a part: timed to show why it is none of ours."""
+    mask = causal_blocks(q.shape[2]) if causal else None
+    asked = AuxRequest(lse=True)
+    out, aux = compiled_flex()(q, k, v, block_mask=mask, scale=scale, enable_gqa=True, return_aux=asked)
+    return Part(out, aux.lse)
+
+
+@functools.cache
+def compiled_flex() -> Callable[..., Any]:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@functools.cache
+def causal_blocks(rows: int) -> Any:
+    return create_block_mask(lambda b, h, i, j: i >= j, None, None, rows, rows, device=DEVICE)
+
+
+def prefill_table(rows: list[Row], capability: tuple[int, int]) -> list[Row]:
+    """Entries for `choice.TABLE`: rates of both parts together, at the longest prefix, where a kernel was right."""
+    found = []
+    for dim, count in sorted({(row["dim"], row["rows"]) for row in rows}):
+        same = [row for row in rows if (row["dim"], row["rows"]) == (dim, count)]
+        longest = max(row["prefix"] for row in same)
+        rates = {}
+        for name in KERNELS:
+            both = [row for row in same if row["prefix"] == longest and row["kernel"] == name]
+            if both and all(row["right"] for row in both):
+                rates[name] = round(sum(row["flops"] for row in both) / sum(row["median_us"] for row in both) / 1e6, 1)
+        if rates:
+            found.append(dict(capability=capability, dim=dim, rows=count, tflops=rates))
+    return found
+
+
 def verdicts(rows: list[Row]) -> dict[str, Any]:
     """Per kernel and storage: whether it is right and faster everywhere, and where it is not."""
     kinds = sorted({(row["kernel"], row.get("storage", "")) for row in rows})
@@ -290,14 +380,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path)
     parser.add_argument("--tiny", action="store_true", help="sizes for the interpreter")
-    parser.add_argument("--sweep", choices=["all", "codes"], help="other tiles of the decode kernel instead: all takes "
-                        "a few minutes, codes (at equal bytes) under one")  # fmt: skip
+    parser.add_argument("--sweep", choices=["all", "codes", "prefill"], help="other tiles of the decode kernel "
+                        "instead: all takes a few minutes, codes (at equal bytes) under one; prefill: every fused "
+                        "kernel for a chunk's attention, and the table of src/locret/kernels/choice.py")  # fmt: skip
     args = parser.parse_args()
     if not CUDA and not args.tiny:
         parser.error("no CUDA device; TRITON_INTERPRET=1 ... --tiny tries the script without one")
     torch.manual_seed(0)
     started = time.perf_counter()
     bench = Bench(Shape(args.tiny))
+    if args.sweep == "prefill":
+        rows = prefill_sweep(bench)
+        table = prefill_table(rows, torch.cuda.get_device_capability()) if CUDA else []
+        report = provenance() | dict(
+            triton=triton.__version__, cudnn=torch.backends.cudnn.version(), copy_gbps=round(bench.gbps, 1),
+            table=table, rows=rows, seconds=round(time.perf_counter() - started, 1),
+        )  # fmt: skip
+        if args.output:
+            write_text(args.output, json.dumps(report, indent=1) + "\n")
+        for row in [*rows, *table]:
+            print(json.dumps(row))
+        print(f"{report['seconds']} s")
+        return
     if args.sweep:
         tiles = codes_sweep(bench) if args.sweep == "codes" else sweep(bench)
         if args.output:

@@ -9,12 +9,17 @@ import platform
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 import locret
 from locret.cli.options import OutputOptions, with_options
 from locret.cli.output import emit, say
+from locret.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "numpy")
 _NEEDED_GIB = 2.0
@@ -72,8 +77,21 @@ def _device() -> Check:
 
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-        return Check("device", True, f"CUDA {torch.version.cuda}: {', '.join(names)}")
+        found = f"CUDA {torch.version.cuda}: {', '.join(names)}"
+        try:
+            kernels = dict.fromkeys(_prefill_kernels(torch.device("cuda", index)) for index in range(len(names)))
+        except ConfigError as error:
+            return Check("device", False, found, str(error))
+        return Check("device", True, f"{found}; prefill attention (16 bit, head dim 128): {' / '.join(kernels)}")
     return Check("device", True, f"CPU ({os.cpu_count()} cores, {torch.get_num_threads()} threads); no CUDA device")
+
+
+def _prefill_kernels(device: torch.device) -> str:
+    """`cudnn from 1,024 rows, flash below`."""
+    from locret.kernels.choice import kernels_by_rows
+
+    *longer, (_, last) = kernels_by_rows(device, dim=128)
+    return ", ".join([*(f"{name} from {rows:,} rows" for rows, name in longer), f"{last} below" if longer else last])
 
 
 def _memory() -> Check:

@@ -4,7 +4,7 @@ The last T of the S keys are the chunk's own, so query t sees keys 0 .. S-T+t ("
 No [T, S] mask and no score matrix is built:
 
 * CUDA, bf16/fp16: one FlashAttention-2 call; it is lower-right causal, takes fewer KV heads and a window as they are.
-  Long chunks on Hopper: the two calls below, each on cuDNN.
+  Where `choice` has a faster kernel (long chunks on Hopper: cuDNN): the two calls below, each on that.
 * elsewhere: two fused calls, prefix (all visible) and chunk (square causal), merged by their log-sum-exps:
       w = sigmoid(lse_b - lse_a);  out = lerp(out_a, out_b, w)
 * softcap, a bias, or a window where no fused kernel takes it: plain matmuls over blocks of query rows, so that the
@@ -15,12 +15,12 @@ Shapes: B batch, T chunk, S keys, Hq/Hkv heads, G = Hq // Hkv, D head dim.
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from locret.kernels.choice import KERNELS, fused, load, prefill_kernel
 from locret.kernels.switch import use_triton
 
 _ROWS = 256  # query rows per block of the blocked path
@@ -44,9 +44,9 @@ def prefix_causal_attention(
     """
     if window is not None and window >= k.shape[2]:
         window = None
-    if softcap is not None or bias is not None or (window is not None and not _flash_takes(q)):
+    if softcap is not None or bias is not None or (window is not None and not fused(q)):
         return _blocked(q, k, v, scale, softcap, window, bias)
-    if _flash_takes(q) and (window is not None or q.shape[2] < _CUDNN_ROWS or not _cudnn_is_fast(q.device, q.shape[3])):
+    if fused(q) and (window is not None or prefill_kernel(q, k.shape[2]) == "flash"):
         return _flash(q, k, v, scale, window)
     return _two_parts(q, k, v, scale)
 
@@ -68,10 +68,6 @@ def reference_attention(
     if window is not None:
         seen &= distance < window
     return logits.masked_fill(~seen, float("-inf")).softmax(-1) @ v.repeat_interleave(groups, 1)
-
-
-def _flash_takes(q: Tensor) -> bool:
-    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256 and q.shape[-1] % 8 == 0
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
@@ -103,8 +99,7 @@ def two_part_attention(
         prefix: rotated keys and values of the P units before, all visible, [B, Hkv, P, D] each; P may be 0.
         chunk: those of the queries' own tokens, seen causally, [B, Hkv, T, D].
 
-    On a Hopper GPU the fastest there is for long chunks: cuDNN takes fewer KV heads as they are and reaches 680 TFLOP/s
-    over the prefix where FlashAttention-2 has 360 (one H200; printed by a script that was not kept).
+    Each part on the fastest kernel present (`choice`). All but "efficient" take fewer KV heads as they are.
     """
     return add_prefix(chunk_attention(q, *chunk, scale=scale), q, *prefix, scale=scale)
 
@@ -133,35 +128,54 @@ def add_prefix(own: Part, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> T
     return torch.lerp(old.out, own.out, torch.sigmoid(own.lse - old.lse)[..., None].to(q.dtype))
 
 
-_CUDNN_ROWS = 1024  # fewer: FlashAttention; every new shape costs cuDNN 40 ms of planning once, and short ends differ
-
-
 def _part(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> Part:
     """One fused call."""
-    t = q.shape[2]
-    if not q.is_cuda:
-        return Part(*torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale))
-    if _flash_takes(q) and t >= _CUDNN_ROWS and _cudnn_is_fast(q.device, q.shape[-1]):
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            q, k, v, None, True, 0.0, causal, False, scale=scale
-        )
-        return Part(out, lse.view(*q.shape[:3]))
-    if _flash_takes(q):
-        rows = [x.transpose(1, 2) for x in (q, k, v)]  # [B, T, H, D]; the kernel reads any strides
-        out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            *rows, None, None, t, k.shape[2], 0.0, causal, False, scale=scale
-        )
-        return Part(out.transpose(1, 2), lse)
+    return PARTS[prefill_kernel(q, k.shape[2])](q, k, v, scale, causal)
+
+
+def _on_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Part:
+    return Part(*torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale))
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Part:
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, True, 0.0, causal, False, scale=scale
+    )
+    return Part(out, lse.view(*q.shape[:3]))
+
+
+def _flash2(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Part:
+    rows = [x.transpose(1, 2) for x in (q, k, v)]  # [B, T, H, D]; the kernel reads any strides
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        *rows, None, None, q.shape[2], k.shape[2], 0.0, causal, False, scale=scale
+    )
+    return Part(out.transpose(1, 2), lse)
+
+
+def _flash3(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Part:
+    return _of_package("flash3", q, k, v, softmax_scale=scale, causal=causal, return_attn_probs=True)
+
+
+def _flash4(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Part:
+    return _of_package("flash4", q, k, v, softmax_scale=scale, causal=causal, return_lse=True)
+
+
+def _of_package(name: str, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Part:
+    package: Any = load(KERNELS[name].package or "")
+    out, lse, *_ = package.flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), **options)
+    return Part(out.transpose(1, 2), lse)
+
+
+def _efficient(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Part:
     groups = q.shape[1] // k.shape[1]  # fp32 and odd head dims; small cases only, so expanding KV costs little
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)
-    return Part(out, lse[..., :t])  # the kernel pads its rows to a multiple of 32
+    return Part(out, lse[..., : q.shape[2]])  # the kernel pads its rows to a multiple of 32
 
 
-@functools.cache
-def _cudnn_is_fast(device: torch.device, dim: int) -> bool:
-    """On Hopper; on older cards FlashAttention-2 is as fast, and on newer ones nobody here has looked."""
-    return torch.cuda.get_device_capability(device)[0] == 9 and dim <= 128 and torch.backends.cudnn.is_available()
+PARTS = {  # what `choice` names, and what runs elsewhere: f(q, k, v, scale, causal)
+    "cpu": _on_cpu, "cudnn": _cudnn, "flash": _flash2, "flash3": _flash3, "flash4": _flash4, "efficient": _efficient,
+}  # fmt: skip
 
 
 def _blocked(
