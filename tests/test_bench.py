@@ -75,8 +75,11 @@ def test_floor_of_a_full_cache_counts_all_pairs() -> None:
     assert prefill_work(shape, one, method, torch.float32).flop == want
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), CapacityError("no memory")])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), CapacityError("no memory"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])  # fmt: skip
 def test_out_of_memory_is_a_result(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU torch says it by a message only, which once ended the run."""
+
     def no_memory(self: Any, ids: Any, new_tokens: int) -> Any:
         raise error
 

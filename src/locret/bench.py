@@ -33,9 +33,10 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import locret
 from locret.backbone import Backbone
+from locret.cache import out_of_memory
 from locret.config import CacheConfig
 from locret.engine import LLM
-from locret.errors import CapacityError, ConfigError
+from locret.errors import ConfigError
 from locret.heads import HeadsConfig, RetainingHeads
 from locret.methods import Method, get_method
 from locret.plan import DTYPES, Card, Footprint, Shape, decode_work, footprint, prefill_work, shape_config
@@ -43,7 +44,6 @@ from locret.prefill import Reader
 from locret.sampling import likeliest, read_back
 
 BAR_LENGTH, BAR = 32_768, 2.0  # issue 4: embedded model on a CPU, tokens and least ratio to transformers
-NO_ROOM = (torch.OutOfMemoryError, MemoryError, CapacityError)
 _COPY_BYTES = {"cpu": 2**26, "cuda": 2**30}
 OnCase = Callable[[str], object]
 
@@ -345,13 +345,20 @@ def _case(engine: _Engine, ids: Tensor, batches: Sequence[int], new_tokens: int)
                 run.kv[batch] = engine.kv_bytes()
                 peaks = [p for p in (_peak(device), prefill_peak if batch == 1 else None) if p is not None]
                 run.peak[batch] = max(peaks, default=None)
-            except NO_ROOM:
-                run.failed[batch] = "out of memory"
-    except NO_ROOM:
-        run.failed = dict.fromkeys(batches, "out of memory")
+            except Exception as error:
+                run.failed[batch] = _reason(error)
+    except Exception as error:
+        run.failed = dict.fromkeys(batches, _reason(error))
     finally:
         engine.stop()
     return run
+
+
+def _reason(error: Exception) -> str:
+    """Why there are no numbers. Raises: the error, if it is no result but a fault."""
+    if out_of_memory(error):
+        return "out of memory"
+    raise error
 
 
 def _decode(engine: _Engine, tokens: Tensor, new_tokens: int) -> float:

@@ -450,7 +450,7 @@ class Scheduler:
                 self._fail(request, error)
 
     def _fail(self, request: Request, error: Exception) -> None:
-        if isinstance(error, CapacityError) or out_of_memory(error):
+        if out_of_memory(error):
             others = len([r for r in self.requests if r is not request])
             failed = CapacityError(f"out of memory for request {request.number}: {_arithmetic(request.cost)}, beside "
                                    f"{others} other requests; try again when they are done, or lower max_bytes, slots "
