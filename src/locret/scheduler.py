@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 _SHORT_CHUNKS = 4  # a prompt of more chunks than that is long: it leaves one slot free
 _PATIENCE = 16  # how often requests that fit may overtake one that does not fit yet
 _BAD_LOGITS, _BAD_SCORES = -1, -2  # in the place of a token
+Mark = float | torch.cuda.Event  # a point in time, of the host and of a GPU
 
 
 class Status(StrEnum):
@@ -148,7 +149,7 @@ class Scheduler:
         exact: see the top of this file.
         graph: with `exact=False`: requests whose steps are alike take one step together; False: attention goes row by
             row, kernel by kernel.
-        clock: seconds; for tests.
+        clock: seconds, of the host; for tests. On a GPU chunks are timed by its own events.
     """
 
     def __init__(
@@ -170,6 +171,7 @@ class Scheduler:
         self._lock = threading.Lock()
         self._credit = 0.0
         self._token_seconds = 0.0  # of prefill, as measured
+        self._unpaid: deque[_Chunk] = deque()  # launched, and not known to be done
         self._clock = clock
 
     @property
@@ -291,14 +293,16 @@ class Scheduler:
     def _read(self) -> None:
         """Prefill chunks: one when nobody answers, otherwise those that the steps so far have left time for."""
         answering = any(r.status is Status.DECODE for r in self.requests)
+        self._pay()
         self._credit = min(self._credit, 0.0) + self.chunk_seconds
         ran = False
         while (request := self._next_reader()) is not None:
             expected = self._token_seconds * min(request._left, max(request.cost.chunks))
-            if answering and (self._credit <= 0 or (ran and self._credit < expected)):
+            left = self._credit - self._token_seconds * sum(chunk.tokens for chunk in self._unpaid)
+            if answering and (left <= 0 or (ran and left < expected)):
                 return
             self._turn += 1
-            self._credit -= self._read_chunk(request)
+            self._read_chunk(request, counts=answering)
             ran = True
             if not answering:
                 self._credit = 0.0
@@ -314,11 +318,12 @@ class Scheduler:
             return min(reading, key=lambda r: r.number)
         return min(reading, key=lambda r: (r._left, r.number))
 
-    def _read_chunk(self, request: Request) -> float:
-        """Seconds that it took."""
+    def _read_chunk(self, request: Request, *, counts: bool) -> None:
+        """counts: somebody waits for a decode step meanwhile, so that what it takes is charged."""
         assert request._chunks is not None
         assert request._reader is not None
-        started, before = self._clock(), request._reader.cache.seen
+        began, before = self._mark(), request._reader.cache.seen
+        done, logits = 0, None
         try:
             _, logits = next(request._chunks)
             done = request._reader.cache.seen - before
@@ -330,11 +335,27 @@ class Scheduler:
                     self._together.enter(request)
         except Exception as error:
             self._fail(request, error)
-            return self._clock() - started
-        took = self._clock() - started
-        request._prefill_seconds += took
-        self._token_seconds = took / max(1, done)
-        return took
+        self._unpaid.append(_Chunk(request, done, began, self._mark(), counts))
+        self._pay(wait=logits is not None)  # the host has read a token of these: they are done
+
+    def _mark(self) -> Mark:
+        """Now, by the clock of whoever does the work: a GPU gets there later, and nobody waits for it here."""
+        device = self.llm.backbone.device
+        if device.type != "cuda":
+            return float(self._clock())
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(device))
+        return event
+
+    def _pay(self, *, wait: bool = False) -> None:
+        """Charge chunks what they took, as soon as that is known: a decode step that follows them is waited for."""
+        while self._unpaid and (took := _seconds(self._unpaid[0], wait=wait)) is not None:
+            chunk = self._unpaid.popleft()
+            if chunk.tokens:
+                chunk.request._prefill_seconds += took
+                self._token_seconds = took / chunk.tokens
+            if chunk.counts:
+                self._credit -= took
 
     # ------------------------------------------------------------------ decode
 
@@ -486,6 +507,29 @@ class Scheduler:
             kv_bytes_full=full_cache_bytes(self.llm.backbone, len(request.prompt) + len(request.tokens)),
             prefill_seconds=request._prefill_seconds, decode_seconds=request._decode_seconds,
         )  # fmt: skip
+
+
+@dataclass
+class _Chunk:
+    """A prefill chunk that was launched."""
+
+    request: Request
+    tokens: int  # 0: it failed
+    began: Mark
+    ended: Mark
+    counts: bool
+
+
+def _seconds(chunk: _Chunk, *, wait: bool) -> float | None:
+    """What it took; None: a GPU is still at it."""
+    began, ended = chunk.began, chunk.ended
+    if isinstance(began, float):
+        assert isinstance(ended, float)
+        return ended - began
+    assert not isinstance(ended, float)
+    if wait:
+        ended.synchronize()
+    return began.elapsed_time(ended) / 1e3 if ended.query() else None
 
 
 def _needed(costs: list[Footprint]) -> int:
