@@ -42,11 +42,11 @@ from torch import Tensor
 from locret.cache import out_of_memory
 from locret.config import Sampling
 from locret.decode import Output, Stats, eos_ids, full_cache_bytes
-from locret.errors import CapacityError, ConfigError, NumericsError
+from locret.errors import CapacityError, ConfigError
 from locret.graph import MOST_STASHED
 from locret.plan import Footprint, Shape, footprint
 from locret.prefill import Reader, not_finite
-from locret.sampling import Sampler, TextStream, likeliest, read_back
+from locret.sampling import NO_TOKEN, Sampler, TextStream, likeliest_or_none, no_token, read_back
 from locret.together import Together
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 _SHORT_CHUNKS = 4  # a prompt of more chunks than that is long: it leaves one slot free
 _PATIENCE = 16  # how often requests that fit may overtake one that does not fit yet
-_BAD_LOGITS, _BAD_SCORES = -1, -2  # in the place of a token
+_BAD_SCORES = NO_TOKEN - 1  # in the place of a token, too
 Mark = float | torch.cuda.Event  # a point in time, of the host and of a GPU
 
 
@@ -393,14 +393,12 @@ class Scheduler:
 
     def _chosen(self, requests: list[Request], logits: Tensor) -> Tensor:
         """The next token of each from [n, V], or what says that there is none: [n], on the device."""
-        clean = logits.nan_to_num(0.0, 0.0, -math.inf)
-        chosen = likeliest(clean)
+        chosen = likeliest_or_none(logits)
         for i, request in enumerate(requests):
             assert request._sampler is not None
             if not request._sampler.plain:
                 with self._owned(request):
-                    chosen[i : i + 1] = self._sample(request, request._sampler, clean[i : i + 1])
-        chosen = chosen.where(logits.amax(-1).isfinite(), _BAD_LOGITS)
+                    chosen[i : i + 1] = self._sample(request, request._sampler, logits[i : i + 1])
         good = None if self._together is None else self._together.good(requests)
         return chosen if good is None else chosen.where(good, _BAD_SCORES)
 
@@ -418,11 +416,8 @@ class Scheduler:
         return sampler(ids, logits)
 
     def _checked(self, request: Request, token: int) -> int:
-        if token == _BAD_LOGITS:
-            raise NumericsError(
-                f"the logits of request {request.number} are NaN or infinite after {len(request.tokens)} tokens; "
-                "its prompt or the model's weights overflow (try --dtype float32)"
-            )
+        if token == NO_TOKEN:
+            raise no_token(f"request {request.number}", len(request.tokens))
         if token == _BAD_SCORES:
             seen = len(request.prompt) + len(request.tokens)
             raise not_finite(self.llm.method, seen - MOST_STASHED, seen)
