@@ -340,8 +340,10 @@ class _Full(_Engine):
 
 
 class _Cudnn(_Full):
-    """The same with sdpa held to cuDNN's kernel: for prompts to that and no other; for a single query, which it may not
-    take, it comes first. Decodes batch 1 only: there the kernel hardly matters, and time is short.
+    """The same with sdpa held to cuDNN's kernel while it reads the prompt, and to any other in steps: every step is one
+    key longer, and cuDNN plans anew for every length, which takes longer than the step.
+
+    Decodes batch 1 only: there the kernel hardly matters, and time is short.
     """
 
     name = "transformers-cudnn"
@@ -350,10 +352,8 @@ class _Cudnn(_Full):
         return [1] if 1 in batches else []
 
     def _forward(self, ids: Tensor, cache: Any) -> Tensor:
-        kernels = [SDPBackend.CUDNN_ATTENTION]
-        if ids.shape[1] == 1:
-            kernels += [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-        with sdpa_kernel(kernels, set_priority=True):
+        others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION] if ids.shape[1] > 1 else others):
             return super()._forward(ids, cache)
 
 
