@@ -1,7 +1,9 @@
-"""The benchmark runs both engines on the same weights and says what it measured; its numbers are not judged here."""
+"""The benchmark runs all engines on the same weights and says what it measured; its numbers are not judged here."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -15,6 +17,7 @@ from oracles import llm_of
 from locret import bench
 from locret.bench import Card, Report, Row, Spread, random_llm, svg
 from locret.cli import main
+from locret.cli.bench import _show
 from locret.config import CacheConfig
 from locret.errors import CapacityError, ConfigError
 from locret.plan import Shape, footprint, prefill_work, stand_in_method
@@ -75,22 +78,90 @@ def test_floor_of_a_full_cache_counts_all_pairs() -> None:
     assert prefill_work(shape, one, method, torch.float32).flop == want
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), CapacityError("no memory")])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), CapacityError("no memory"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])  # fmt: skip
 def test_out_of_memory_is_a_result(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU torch says it by a message only, which once ended the run."""
+
     def no_memory(self: Any, ids: Any, new_tokens: int) -> Any:
         raise error
 
     monkeypatch.setattr(bench._Full, "start", no_memory)
     report = bench.run(llm_of(**OPTIONS), lengths=[40], batches=[1], new_tokens=2, repeats=1)
     assert [r.failed for r in report.rows] == ["", "out of memory"]
-    assert report.ratios() == [{"length": 40, "batch": 1, "ttft": None, "tpot": None, "failed": "out of memory"}]
+    ratio = {"peer": "transformers", "length": 40, "batch": 1, "ttft": None, "tpot": None, "failed": "out of memory"}
+    assert report.ratios() == [ratio]
 
 
-def made_up(ratio: float, device: str = "cpu", embedded: bool = True) -> Report:
+def test_cudnn_is_left_out_where_there_is_none_and_the_report_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    report = bench.run(llm_of(**OPTIONS), lengths=[40], batches=[1], new_tokens=2, repeats=1)
+    assert report.settings["peers"] == ["transformers"]
+    assert report.settings["left_out"] == {"transformers-cudnn": "cuDNN needs a CUDA device"}
+    _show(report)
+    assert "transformers-cudnn left out: cuDNN needs a CUDA device" in capsys.readouterr().out
+    alone = bench.run(llm_of(**OPTIONS), lengths=[40], batches=[1], new_tokens=2, repeats=1, peers=False)
+    assert alone.settings["peers"] == []
+    assert alone.settings["left_out"] == {}, "nobody asked for it"
+
+
+def test_cudnn_alone_reads_the_prompt_and_takes_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At batch 1, with a ratio of its own. What sdpa is held to is only noted here: a CPU has no cuDNN."""
+    held: list[list[str]] = []
+
+    def note(kernels: Any) -> Any:
+        held.append([kernel.name for kernel in kernels])
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(bench, "_without_cudnn", lambda backbone, batches: "")
+    monkeypatch.setattr(bench, "sdpa_kernel", note)
+    report = bench.run(llm_of(**OPTIONS), lengths=[40], batches=[1, 2], new_tokens=4, repeats=1)
+    prompt, step = ["CUDNN_ATTENTION"], ["FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"]
+    assert held == [prompt, step, prompt, *[step] * 3]  # warms up with one step
+    assert report.settings["peers"] == ["transformers", "transformers-cudnn"]
+    assert [(r.engine, r.batch) for r in report.rows][2:] == [
+        ("transformers", 1), ("transformers", 2), ("transformers-cudnn", 1),
+    ]  # fmt: skip
+    assert [(r["peer"], r["batch"]) for r in report.ratios()] == [(r.engine, r.batch) for r in report.rows][2:]
+
+
+def test_attention_that_cudnn_refuses_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a CPU does, where sdpa has nothing else to choose from."""
+    monkeypatch.setattr(bench, "_without_cudnn", lambda backbone, batches: "")
+    report = bench.run(llm_of(**OPTIONS), lengths=[40], batches=[1], new_tokens=2, repeats=1)
+    assert [r.failed for r in report.rows] == ["", "", "cuDNN does not take this model's attention"]
+
+
+@pytest.mark.gpu
+def test_both_peers_on_a_gpu_give_the_same_logits() -> None:
+    """The one by whatever torch chooses; the other's prompt by cuDNN, or torch would raise. fp32 is none of cuDNN's."""
+    llm = llm_of(build_tiny_model("llama", head_dim=64).to("cuda", torch.bfloat16), **OPTIONS)
+    shape, ids, logits = Shape.of_backbone(llm.backbone), bench._ids(llm, 50), []
+    assert not bench._without_cudnn(llm.backbone, [1])
+    with torch.inference_mode():
+        for engine in (bench._Full(llm, shape), bench._Cudnn(llm, shape)):
+            first = engine.start(ids, 4)
+            engine.grow(1)
+            logits.append(torch.cat((first, engine.step(torch.tensor([20], device="cuda")))).float())
+    assert (logits[0] - logits[1]).norm() <= 3e-2 * logits[0].norm()
+    report = bench.run(llm, lengths=[40], batches=[2, 1], new_tokens=3, repeats=1)
+    assert [(r.engine, r.batch, r.failed) for r in report.rows] == [
+        ("locret", 1, ""), ("locret", 2, ""), ("transformers", 1, ""), ("transformers", 2, ""),
+        ("transformers-cudnn", 1, ""),
+    ]  # fmt: skip
+    whole = llm_of(build_tiny_model("llama", head_dim=64).cuda(), **OPTIONS)
+    assert bench._without_cudnn(whole.backbone, [1]) == "cuDNN's attention takes bfloat16 and float16"
+
+
+def made_up(ratio: float, device: str = "cpu", embedded: bool = True, cudnn: float | None = None) -> Report:
+    speeds = {
+        "locret": 2.0,
+        "transformers": 2.0 * ratio,
+        **({} if cudnn is None else {"transformers-cudnn": 2 * cudnn}),
+    }
     rows = [
         Row(engine, length, 1, Spread(s, s, s), s / 2, Spread(1.0, 1.0, 1.0), 0.5)
         for length in (1024, 32_768)
-        for engine, s in (("locret", 2.0), ("transformers", 2.0 * ratio))
+        for engine, s in speeds.items()
     ]
     machine = {"device": device, "name": "a <cpu>"}
     settings = {"embedded": embedded, "model": "m", "method": "locret"}
@@ -102,6 +173,7 @@ def test_the_bar_speaks_only_of_its_own_case() -> None:
     assert (made_up(1.5).bar() or "").endswith("1.50x: missed")
     assert made_up(2.5, device="cuda").bar() is None
     assert made_up(2.5, embedded=False).bar() is None
+    assert (made_up(2.5, cudnn=1.5).bar() or "").endswith("2.50x: met")
 
 
 def test_the_plot_is_svg_with_a_line_for_each_case_and_its_floor() -> None:
@@ -109,6 +181,14 @@ def test_the_plot_is_svg_with_a_line_for_each_case_and_its_floor() -> None:
     lines = [e for e in root.iter() if e.tag.endswith("polyline")]
     assert len(lines) == 8  # two panels, two engines, value and floor
     assert any("locret, batch 1" in (e.text or "") for e in root.iter())
+
+
+def test_names_of_lines_that_end_together_do_not_lie_on_each_other() -> None:
+    root = ET.fromstring(svg(made_up(2.5, cudnn=2.5)))  # decode steps of all three take the same time
+    names = [(e.get("x"), float(e.get("y") or 0)) for e in root.iter() if (e.text or "").endswith("batch 1")]
+    assert len(names) == 6
+    for (x, y), (other_x, other_y) in itertools.combinations(names, 2):
+        assert x != other_x or abs(y - other_y) >= 12
 
 
 @pytest.mark.parametrize("method", ["locret", "sirllm"])

@@ -17,7 +17,9 @@ import locret.decode
 from locret.attached import attach
 from locret.cache import unit_bytes
 from locret.config import Sampling
-from locret.errors import BackboneError, ConfigError
+from locret.errors import BackboneError, ConfigError, NumericsError
+from locret.graph import StepGraph
+from locret.prefill import Reader
 
 BIG = dict(budget=600, chunk_size=24)
 SMALL = dict(budget=40, chunk_size=16)
@@ -334,6 +336,88 @@ def test_rows_of_a_batch_end_on_their_own(monkeypatch):
 
 
 # ---------------------------------------------------------------------- streams
+
+
+# ---------------------------------------------------------------------- logits that are NaN
+
+
+def poison(monkeypatch, llm, step, row):
+    """The token that a row reads in this decode step, from 1 on, is NaN to the model."""
+    run, weight, steps = llm.backbone.run, llm.backbone.model.get_input_embeddings().weight, itertools.count(1)
+
+    def poisoned(ids, context, **options):
+        if ids.shape[1] > 1 or next(steps) != step:
+            return run(ids, context, **options)
+        assert ids[:, 0].tolist().count(ids[row, 0]) == 1, "the rows read different tokens"
+        whole = weight[ids[row, 0]].clone()
+        weight[ids[row, 0]] = float("nan")
+        out = run(ids, context, **options)
+        weight[ids[row, 0]] = whole
+        return out
+
+    monkeypatch.setattr(llm.backbone, "run", poisoned)
+
+
+def replay_steps(monkeypatch):
+    """As on a GPU: alike, and launched before the host has seen the token that they read."""
+
+    def of(reader):
+        if reader._graph is None:
+            reader._graph = StepGraph.of(reader, capture=False) or False
+        return reader._graph or None
+
+    monkeypatch.setattr(Reader, "_step_graph", of)
+
+
+# knorm's scores are NaN in the same step; ordinary steps look at these first
+@pytest.mark.parametrize(("method", "replayed"), [("full", False), ("full", True), ("knorm", True)])
+@pytest.mark.parametrize("options", [{}, dict(temperature=1.0, seed=3), dict(repetition_penalty=1.2)], ids=str)
+def test_logits_that_become_nan_while_an_answer_is_made_are_an_error(method, replayed, options, monkeypatch):
+    """They once were looked at behind the prompt only: the likeliest token was the first NaN, and so on to the end."""
+    llm = llm_of(build_tiny_model("llama"), method, **BIG)
+    if replayed:
+        replay_steps(monkeypatch)
+    prompts = [ids_of(n, seed) for seed, n in enumerate((31, 20, 20))]
+    want = llm.generate(prompts, max_new_tokens=12, **options)
+    assert all(output.finish_reason == "length" for output in want)
+    poison(monkeypatch, llm, 11 + 5, 1)  # the longer prompt's 11 steps, then the fifth of the other two
+    with pytest.raises(NumericsError, match=r"the logits of row 2 are NaN or infinite after 5 tokens"):
+        llm.generate(prompts, max_new_tokens=12, **options)
+    assert [output.tokens for output in llm.generate(prompts, max_new_tokens=12, **options)] == [
+        output.tokens for output in want
+    ]
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+@pytest.mark.parametrize("options", [{}, dict(repetition_penalty=1.2)], ids=str)
+def test_a_row_that_has_ended_may_be_nan(replayed, options, monkeypatch):
+    """Nobody reads on in it; what it is given in the place of a token must be one to the model."""
+    llm = llm_of(build_tiny_model("llama"), "full", **BIG)
+    if replayed:
+        replay_steps(monkeypatch)
+    prompts = [ids_of(20, seed) for seed in (1, 2)]
+    first, second = llm.generate(prompts, max_new_tokens=12, **options)
+    assert first.tokens[3] not in [*first.tokens[:3], *second.tokens]
+    llm.backbone.model.generation_config.eos_token_id = first.tokens[3]
+    poison(monkeypatch, llm, 5, 0)
+    got = llm.generate(prompts, max_new_tokens=12, **options)
+    assert [output.tokens for output in got] == [first.tokens[:3], second.tokens]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, dict(temperature=1.0, seed=3)], ids=str)
+def test_logits_that_become_nan_on_a_gpu_are_an_error_and_the_process_lives_on(options):
+    """Steps are replayed there, and the next one is on its way when the host learns of it."""
+    llm = llm_of(build_tiny_model("llama", head_dim=64).cuda(), "full", **BIG)
+    want = llm.generate(ids_of(20), max_new_tokens=12, **options).tokens
+    weight, poisoned = llm.backbone.model.get_input_embeddings().weight, want[4]
+    assert poisoned not in [*ids_of(20), *want[:4]]
+    whole = weight[poisoned].clone()
+    weight[poisoned] = float("nan")
+    with pytest.raises(NumericsError, match=r"the logits of row 0 are NaN or infinite after 5 tokens"):
+        llm.generate(ids_of(20), max_new_tokens=12, **options)
+    weight[poisoned] = whole
+    assert llm.generate(ids_of(20), max_new_tokens=12, **options).tokens == want
 
 
 def test_streams_give_characters_whole_and_the_answer_complete(monkeypatch):

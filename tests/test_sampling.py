@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from locret.config import SEEDS, Sampling
 from locret.errors import ConfigError
-from locret.sampling import Sampler, TextStream, likeliest, likeliest_of_pieces
+from locret.sampling import NO_TOKEN, Sampler, TextStream, largest_of_pieces, likeliest, likeliest_or_none
 
 TOKENIZER = build_byte_tokenizer()
 TEXT = st.text(max_size=40)
@@ -132,7 +132,9 @@ def test_temperature_zero_is_the_likeliest_token():
 def test_the_likeliest_token_by_way_of_pieces_is_the_first_of_the_largest(pieces):
     logits = torch.randint(0, 6, (64, 800)).to(torch.bfloat16)  # many equal ones
     logits[3] = 0.0
-    assert torch.equal(likeliest_of_pieces(logits, pieces), logits.argmax(-1))
+    most, at = largest_of_pieces(logits, pieces)
+    assert torch.equal(at, logits.argmax(-1))
+    assert torch.equal(most, logits.amax(-1))
 
 
 @pytest.mark.gpu
@@ -140,6 +142,40 @@ def test_the_likeliest_token_by_way_of_pieces_is_the_first_of_the_largest(pieces
 def test_the_likeliest_token_on_a_gpu(vocab):
     logits = torch.randint(0, 1000, (5, vocab), device="cuda").to(torch.bfloat16)
     assert torch.equal(likeliest(logits).cpu(), logits.float().cpu().argmax(-1))
+
+
+NAN, INF = float("nan"), float("inf")
+BAD = [[NAN], [INF], [-INF] * 800, [NAN, INF, -INF]]  # numbers that a row of logits begins with
+
+
+def spoilt(device="cpu"):
+    """Logits whose first rows are BAD; a number of each good row is ruled out."""
+    logits = torch.randn(6, 800, generator=torch.Generator().manual_seed(0))
+    for row, numbers in zip(logits, BAD, strict=False):
+        row[: len(numbers)] = torch.tensor(numbers)
+    logits[4:, 7] = -INF
+    return logits.to(device)
+
+
+@pytest.mark.parametrize("options", [
+    {}, dict(repetition_penalty=1.3), dict(temperature=1.0, seed=1),
+    dict(temperature=0.7, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.3, seed=1),
+], ids=str)  # fmt: skip
+def test_a_row_that_is_nan_or_infinite_has_no_token_and_its_neighbours_have_theirs(options):
+    """NaN once was the likeliest token, and drawing from it an error of torch's, on a GPU the end of the process."""
+    logits, ids = spoilt(), torch.arange(12).view(6, 2)
+    want = sampler(2, **options)(ids[4:], logits[4:])
+    assert sampler(6, **options)(ids, logits).tolist() == [NO_TOKEN] * 4 + want.tolist()
+    assert (want >= 0).all()
+
+
+@pytest.mark.gpu
+def test_rows_without_a_token_on_a_gpu():
+    """In pieces, and drawn: the device lives on."""
+    logits = spoilt("cuda")
+    assert likeliest_or_none(logits).tolist() == [NO_TOKEN] * 4 + logits[4:].argmax(-1).tolist()
+    drawn = Sampler(Sampling(temperature=1.0, seed=1), 6, torch.device("cuda"))(logits, logits)
+    assert [token == NO_TOKEN for token in drawn.tolist()] == [True] * 4 + [False] * 2
 
 
 def test_a_seed_gives_the_same_tokens_again_and_another_seed_others():

@@ -175,18 +175,86 @@ def test_prefill_between_two_decode_steps_is_bounded() -> None:
     """A clock that ticks a second a look: every chunk takes one. 3 s a round pay for 3; 0.5 s for every second."""
     for seconds, chunks in ((3.0, 3.0), (0.5, 0.5)):
         ticks = iter(range(10**6))
-        llm = talker()
-        scheduler = llm.scheduler(slots=3, chunk_seconds=seconds, clock=lambda ticks=ticks: float(next(ticks)))
-        answering = scheduler.submit(prompt(9), max_new_tokens=200)
-        while not answering.tokens:
-            scheduler.step()
-        long = scheduler.submit(prompt(2000), max_new_tokens=1)
-        start = len(answering.tokens)
-        for _ in range(20):
-            scheduler.step()
-        steps = len(answering.tokens) - start
-        assert steps == 20
-        assert (2000 - long._left) / 16 / steps == pytest.approx(chunks, abs=0.1)
+        scheduler = talker().scheduler(slots=3, chunk_seconds=seconds, clock=lambda ticks=ticks: float(next(ticks)))
+        assert chunks_a_round(scheduler, 20) == pytest.approx(chunks, abs=0.1)
+
+
+def chunks_a_round(scheduler: Scheduler, rounds: int) -> float:
+    """Of 16 tokens, of a long prompt that comes while another request answers; the first rounds are not looked at."""
+    answering = scheduler.submit(prompt(9), max_new_tokens=200)
+    while not answering.tokens:
+        scheduler.step()
+    long = scheduler.submit(prompt(2000), max_new_tokens=1)
+    for _ in range(4):
+        scheduler.step()
+    left, tokens = long._left, len(answering.tokens)
+    for _ in range(rounds):
+        scheduler.step()
+    assert len(answering.tokens) == tokens + rounds
+    return (left - long._left) / 16 / rounds
+
+
+class Device:
+    """A GPU to the scheduler's eyes: chunks are launched in no time and take a second each; a decode step waits."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.launched = self.done = 0.0  # seconds of work
+        self.marks = 0
+        self.decode = scheduler._decode
+
+    def mark(self) -> Any:
+        self.marks += 1
+        self.launched += (self.marks + 1) % 2  # the second one of a chunk lies behind it
+        return Event(self, self.launched)
+
+    def step(self) -> None:
+        self.decode()
+        self.done = self.launched
+
+
+class Event:
+    def __init__(self, device: Device, at: float) -> None:
+        self.device, self.at = device, at
+
+    def query(self) -> bool:
+        return self.device.done >= self.at
+
+    def synchronize(self) -> None:
+        self.device.done = max(self.device.done, self.at)
+
+    def elapsed_time(self, other: Event) -> float:
+        return (other.at - self.at) * 1e3
+
+
+@pytest.mark.parametrize(("seconds", "chunks"), [(3.0, 3.0), (0.5, 0.5)])
+def test_what_a_gpu_takes_for_a_chunk_counts_not_what_its_launch_takes(
+    seconds: float, chunks: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host's clock was taken once, which sees launches only: rounds then had as many chunks as there were."""
+    scheduler = talker().scheduler(slots=3, chunk_seconds=seconds, clock=lambda: 0.0)
+    device = Device(scheduler)
+    monkeypatch.setattr(scheduler, "_mark", device.mark)
+    monkeypatch.setattr(scheduler, "_decode", device.step)
+    assert chunks_a_round(scheduler, 20) == pytest.approx(chunks)
+    long = scheduler.requests[-1]
+    scheduler.run()
+    assert long.output.stats.prefill_seconds == len(long.cost.chunks)
+
+
+@pytest.mark.gpu
+def test_chunks_are_charged_what_a_gpu_takes_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each waits 20 ms on the device; the launches of the tiny model take some 2."""
+    forward = Reader._forward
+
+    def slow(*args: Any, **options: Any) -> Any:
+        torch.cuda._sleep(40_000_000)
+        return forward(*args, **options)
+
+    monkeypatch.setattr(Reader, "_forward", slow)
+    llm = llm_of(speak(build_tiny_model("llama", head_dim=64).cuda()), "full", **OPTIONS)
+    scheduler = llm.scheduler(slots=3, chunk_seconds=0.01)
+    assert 0.2 < chunks_a_round(scheduler, 40) < 0.6
+    assert 0.015 < scheduler._token_seconds * 16 < 0.06
 
 
 @pytest.mark.parametrize("when", ["waiting", "prefill", "decode"])

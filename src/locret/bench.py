@@ -1,7 +1,7 @@
 """Latency, throughput and memory of locret beside transformers' full cache and beside the floor, in one process.
 
 The floor is the roofline of `plan` with the best copy bandwidth and matmul rate that this process measures, before and
-after the rest, so a share of the floor says how much is left to win on this machine, now. Repeats of the two engines
+after the rest, so a share of the floor says how much is left to win on this machine, now. Repeats of the engines
 alternate; numbers are medians with the least and the most.
 
     TTFT  from the call to the first token on the host, the cache's allocation included
@@ -29,13 +29,15 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import locret
 from locret.backbone import Backbone
+from locret.cache import out_of_memory
 from locret.config import CacheConfig
 from locret.engine import LLM
-from locret.errors import CapacityError, ConfigError
+from locret.errors import ConfigError
 from locret.heads import HeadsConfig, RetainingHeads
 from locret.methods import Method, get_method
 from locret.plan import DTYPES, Card, Footprint, Shape, decode_work, footprint, prefill_work, shape_config
@@ -43,8 +45,8 @@ from locret.prefill import Reader
 from locret.sampling import likeliest, read_back
 
 BAR_LENGTH, BAR = 32_768, 2.0  # issue 4: embedded model on a CPU, tokens and least ratio to transformers
-NO_ROOM = (torch.OutOfMemoryError, MemoryError, CapacityError)
 _COPY_BYTES = {"cpu": 2**26, "cuda": 2**30}
+_NO_KERNEL = ("No available kernel", "No viable backend", "cuDNN Frontend error")  # torch, where cuDNN refuses
 OnCase = Callable[[str], object]
 
 
@@ -97,7 +99,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What `run` measured."""
+    """What `run` measured. `settings` also says which peers there were, and why any was left out."""
 
     machine: dict[str, Any]
     card: Card
@@ -105,19 +107,21 @@ class Report:
     rows: list[Row]
 
     def ratios(self) -> list[dict[str, Any]]:
-        """transformers' seconds over locret's, where both were measured."""
-        cases = {(row.engine, row.length, row.batch): row for row in self.rows}
+        """Every peer's seconds over locret's, at each length and batch where both were measured."""
+        mine = {(row.length, row.batch): row for row in self.rows if row.engine == "locret"}
         found = []
-        for (engine, length, batch), mine in cases.items():
-            theirs = cases.get(("transformers", length, batch))
-            if engine == "locret" and theirs is not None:
-                ttft, tpot = (_ratio(getattr(theirs, name), getattr(mine, name)) for name in ("ttft", "tpot"))
-                found.append({"length": length, "batch": batch, "ttft": ttft, "tpot": tpot, "failed": theirs.failed})
+        for theirs in self.rows:
+            own = mine.get((theirs.length, theirs.batch))
+            if theirs.engine != "locret" and own is not None:
+                ttft, tpot = (_ratio(getattr(theirs, name), getattr(own, name)) for name in ("ttft", "tpot"))
+                found.append({"peer": theirs.engine, "length": theirs.length, "batch": theirs.batch, "ttft": ttft,
+                              "tpot": tpot, "failed": theirs.failed})  # fmt: skip
         return found
 
     def bar(self) -> str | None:
         """Issue 4's bar for the embedded model on a CPU, where this run can say something about it."""
-        at = [r["ttft"] for r in self.ratios() if r["length"] == BAR_LENGTH and r["ttft"] is not None]
+        cases = [r for r in self.ratios() if r["peer"] == _Full.name and r["length"] == BAR_LENGTH]
+        at = [r["ttft"] for r in cases if r["ttft"] is not None]
         if not at or self.machine["device"] != "cpu" or not self.settings["embedded"]:
             return None
         verdict = "met" if at[0] >= BAR else "missed"
@@ -149,7 +153,8 @@ def run(
     """Measure.
 
     Args:
-        peers: also transformers' full cache with its sdpa attention, on the same weights.
+        peers: also transformers' full cache on the same weights, with its sdpa attention as shipped and held to cuDNN's
+            kernel (where there is one).
         embedded: the model is the one that ships with locret; only then `Report.bar` speaks.
         on_case: told what is run next.
     Raises: ConfigError: a number that is not at least 1.
@@ -161,7 +166,11 @@ def run(
     shape, batches = Shape.of_backbone(llm.backbone), sorted(set(batches), reverse=True)
     on_case("copy bandwidth and matmul rate")
     before = measure_card(llm.backbone, shape, llm.config)
-    engines: list[_Engine] = [_Locret(llm, shape)] + ([_Full(llm, shape)] if peers else [])
+    missing = _without_cudnn(llm.backbone, batches)
+    others: list[_Engine] = []
+    if peers:
+        others = [_Full(llm, shape)] if missing else [_Full(llm, shape), _Cudnn(llm, shape)]
+    engines: list[_Engine] = [_Locret(llm, shape), *others]
     cases: list[tuple[_Engine, int, list[_Run]]] = []
     with torch.inference_mode():
         for engine in engines:
@@ -171,13 +180,14 @@ def run(
             for repeat in range(repeats):
                 for engine, found in zip(engines, runs, strict=True):
                     on_case(f"{engine.name}, {length:,} tokens, {repeat + 1} of {repeats}")
-                    found.append(_case(engine, _ids(llm, length), batches, new_tokens))
+                    found.append(_case(engine, _ids(llm, length), engine.rows(batches), new_tokens))
             cases += [(engine, length, found) for engine, found in zip(engines, runs, strict=True)]
     card = _faster(before, measure_card(llm.backbone, shape, llm.config))
     rows = [row for engine, length, found in cases for row in _rows(engine, found, card, length, batches, new_tokens)]
     settings = {
         "model": shape.name, "embedded": embedded, "method": llm.method.name, **dataclasses.asdict(llm.config),
         "dtype": str(llm.backbone.dtype).removeprefix("torch."), "new_tokens": new_tokens, "repeats": repeats,
+        "peers": [engine.name for engine in others], "left_out": {_Cudnn.name: missing} if peers and missing else {},
     }  # fmt: skip
     return Report(_machine(llm.backbone), card, settings, rows)
 
@@ -221,6 +231,10 @@ class _Engine(ABC):
     def cached(self) -> tuple[Method, CacheConfig]:
         """What its cache is, for the floor."""
         return self.llm.method, self.llm.config
+
+    def rows(self, batches: Sequence[int]) -> Sequence[int]:
+        """The batches that it decodes, of those that are asked for."""
+        return batches
 
     @abstractmethod
     def start(self, ids: Tensor, new_tokens: int) -> Tensor:
@@ -325,6 +339,33 @@ class _Full(_Engine):
         return get_method("full"), CacheConfig(chunk_size=self.llm.config.chunk_size)
 
 
+class _Cudnn(_Full):
+    """The same with sdpa held to cuDNN's kernel while it reads the prompt, and to any other in steps: every step is one
+    key longer, and cuDNN plans anew for every length, which takes longer than the step.
+
+    Decodes batch 1 only: there the kernel hardly matters, and time is short.
+    """
+
+    name = "transformers-cudnn"
+
+    def rows(self, batches: Sequence[int]) -> Sequence[int]:
+        return [1] if 1 in batches else []
+
+    def _forward(self, ids: Tensor, cache: Any) -> Tensor:
+        others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION] if ids.shape[1] > 1 else others):
+            return super()._forward(ids, cache)
+
+
+def _without_cudnn(backbone: Backbone, batches: Sequence[int]) -> str:
+    """Why `_Cudnn` cannot be measured here; empty if it can."""
+    if backbone.device.type != "cuda" or not torch.backends.cudnn.is_available():
+        return "cuDNN needs a CUDA device"
+    if backbone.dtype not in (torch.bfloat16, torch.float16):
+        return "cuDNN's attention takes bfloat16 and float16"
+    return "" if 1 in batches else "it decodes batch 1 only"
+
+
 def _case(engine: _Engine, ids: Tensor, batches: Sequence[int], new_tokens: int) -> _Run:
     """One prompt and, from it, one answer at every batch, the largest first."""
     device, run = engine.llm.backbone.device, _Run()
@@ -345,13 +386,22 @@ def _case(engine: _Engine, ids: Tensor, batches: Sequence[int], new_tokens: int)
                 run.kv[batch] = engine.kv_bytes()
                 peaks = [p for p in (_peak(device), prefill_peak if batch == 1 else None) if p is not None]
                 run.peak[batch] = max(peaks, default=None)
-            except NO_ROOM:
-                run.failed[batch] = "out of memory"
-    except NO_ROOM:
-        run.failed = dict.fromkeys(batches, "out of memory")
+            except Exception as error:
+                run.failed[batch] = _reason(error)
+    except Exception as error:
+        run.failed = dict.fromkeys(batches, _reason(error))
     finally:
         engine.stop()
     return run
+
+
+def _reason(error: Exception) -> str:
+    """Why there are no numbers. Raises: the error, if it is no result but a fault."""
+    if out_of_memory(error):
+        return "out of memory"
+    if any(said in str(error) for said in _NO_KERNEL):
+        return "cuDNN does not take this model's attention"
+    raise error
 
 
 def _decode(engine: _Engine, tokens: Tensor, new_tokens: int) -> float:
@@ -371,7 +421,7 @@ def _rows(
 ) -> list[Row]:
     one, dtype = engine.footprint(length, new_tokens), engine.llm.backbone.dtype
     rows = []
-    for batch in sorted(batches):
+    for batch in sorted(engine.rows(batches)):
         tpot = [r.tpot[batch] for r in runs if batch in r.tpot]
         ttft = [r.ttft for r in runs if r.ttft is not None] if batch == 1 else []
         peaks = [p for r in runs if (p := r.peak.get(batch)) is not None]
@@ -471,7 +521,8 @@ def svg(report: Report) -> str:
     )  # fmt: skip
 
 
-_COLOURS = {"locret": "#0b6e4f", "transformers": "#b5482a"}
+_COLOURS = {"locret": "#0b6e4f", "transformers": "#b5482a", "transformers-cudnn": "#2a5db0"}
+_LINE = 13  # pixels between two names
 
 
 def _panel(report: Report, what: str, left: int, label: str) -> str:
@@ -491,17 +542,23 @@ def _panel(report: Report, what: str, left: int, label: str) -> str:
         parts.append(f'<text x="{across(low_high):.0f}" y="318" text-anchor="middle">{low_high:,.0f}</text>')
     for value in (min(y for _, y in points), max(y for _, y in points)):
         parts.append(f'<text x="{left + 54}" y="{up(value) + 4:.0f}" text-anchor="end">{value:.3g}</text>')
+    names: list[tuple[float, float, str, int]] = []
     for (engine, batch, kind), line in lines.items():
         path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in line)
         dash = ' stroke-dasharray="4 3" opacity="0.6"' if kind else ""
         parts.append(f'<polyline points="{path}" fill="none" stroke="{_COLOURS[engine]}" stroke-width="2"{dash}/>')
         if not kind:
             x, y = line[-1]
+            names.append((up(y) - 6, across(x) - 4, engine, batch))
             parts += [
                 f'<circle cx="{across(x):.1f}" cy="{up(y):.1f}" r="3" fill="{_COLOURS[engine]}"/>' for x, y in line
             ]
-            parts.append(f'<text x="{across(x) - 4:.0f}" y="{up(y) - 6:.0f}" text-anchor="end" '
-                         f'fill="{_COLOURS[engine]}">{engine}, batch {batch}</text>')  # fmt: skip
+    free = 300.0
+    for y, x, engine, batch in sorted(names, reverse=True):  # from below; lines that end close together push names up
+        y = min(y, free)
+        free = y - _LINE
+        parts.append(f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="end" fill="{_COLOURS[engine]}">'
+                     f"{engine}, batch {batch}</text>")  # fmt: skip
     return "".join(parts)
 
 

@@ -283,9 +283,10 @@ def unit_bytes(head_dim: int, dtype: torch.dtype, state: int = 0, storage: str |
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether torch could not have the memory it asked for; on a CPU it says so by a message only."""
+    """Whether there was no memory, for torch (on a CPU it says so by a message only) or for a cache of ours."""
     said = ("can't allocate memory", "Storage size calculation overflowed", "Overflow when unpacking long")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in said)
+    kinds = torch.OutOfMemoryError | MemoryError | CapacityError
+    return isinstance(error, kinds) or any(text in str(error) for text in said)
 
 
 @contextlib.contextmanager

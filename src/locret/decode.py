@@ -5,9 +5,10 @@ Shapes: B rows, T prompt tokens, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from locret.backbone import Backbone
 from locret.config import Sampling
+from locret.errors import NumericsError
 from locret.prefill import Reader
-from locret.sampling import Sampler, TextStream, read_back
+from locret.sampling import NO_TOKEN, Sampler, TextStream, no_token, read_back
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Decoder:
         prefill: reads the prompt, returns the logits of its last token, [B, V].
         ids: the prompt, [B, T]; read by the repetition penalty only.
         strip_start: drop white space before the answer's first word (chat templates put it there).
+        numbers: of the rows, for errors; default: 0 to B - 1.
 
     Attributes:
         pending: the last token of every row: chosen, but not read by the model yet.
@@ -70,10 +73,12 @@ class Decoder:
     """
 
     def __init__(
-        self, reader: Reader, prefill: Callable[[], Tensor], ids: Tensor, sampling: Sampling, *, strip_start: bool
-    ) -> None:
+        self, reader: Reader, prefill: Callable[[], Tensor], ids: Tensor, sampling: Sampling, *, strip_start: bool,
+        numbers: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
         self._reader, self._prefill, self._sampling = reader, prefill, sampling
         backbone, rows = reader.backbone, ids.shape[0]
+        self._numbers = range(rows) if numbers is None else numbers
         self._ids = ids if sampling.repetition_penalty == 1.0 else ids.to(backbone.device)
         self._eos = eos_ids(backbone)
         self._sampler = Sampler(sampling, rows, backbone.device)
@@ -90,7 +95,10 @@ class Decoder:
 
     @torch.inference_mode()
     def pieces(self) -> Iterator[list[str]]:
-        """Run; yields every row's new text after each step."""
+        """Run; yields every row's new text after each step.
+
+        Raises: NumericsError: logits or scores that are NaN or infinite.
+        """
         started = time.perf_counter()
         try:
             with self._reader.backbone.seam():
@@ -102,7 +110,10 @@ class Decoder:
                 started = time.perf_counter()
                 yield self._take(chosen)
                 while None in self._reasons:
-                    if self._sampling.repetition_penalty != 1.0:
+                    penalised = self._sampling.repetition_penalty != 1.0
+                    if penalised or self._ahead is None:
+                        tokens = tokens.clamp(min=0)  # `NO_TOKEN`: of a row that has ended, or this would have
+                    if penalised:
                         self._ids = torch.cat((self._ids, tokens[:, None].to(self._ids.device)), 1)
                     logits = self._reader.step(tokens) if self._ahead is None else self._ahead
                     tokens = self._sampler(self._ids, logits)
@@ -117,7 +128,9 @@ class Decoder:
         finally:
             if self._ahead is not None:
                 self._reader.unread()
-            self._reader.settle()
+            # where an error is on its way already, it says more than scores that are NaN for the same reason
+            with contextlib.suppress(NumericsError) if self.failed else contextlib.nullcontext():
+                self._reader.settle()
         yield self._finish()
 
     def outputs(self) -> list[Output]:
@@ -154,6 +167,8 @@ class Decoder:
             pieces.append("")
             if self._reasons[i] is not None:
                 continue
+            if token == NO_TOKEN:
+                raise no_token(f"row {self._numbers[i]}", len(self._tokens[i]))
             if token in self._eos:
                 self._reasons[i], self.pending[i] = "stop", None
                 continue

@@ -103,7 +103,7 @@ class LLM:
         for rows in _equal_lengths(prompts):
             group = [prompts[i] for i in rows]
             progress = None if on_progress is None else _offset(on_progress, done, len(group), total)
-            for i, output in zip(rows, self._run(group, chosen, progress), strict=True):
+            for i, output in zip(rows, self._run(group, rows, chosen, progress), strict=True):
                 outputs[i] = output
             done += sum(len(p.ids) for p in group)
         finished = cast(list[Output], outputs)
@@ -115,7 +115,7 @@ class LLM:
     ) -> Stream:  # fmt: skip
         """`generate` for one prompt, as an iterator over pieces of text; `.output` holds the result after the end."""
         encoded = self._encode(prompt, protect)
-        return Stream(self._decoder([encoded], Sampling.of(sampling, options), on_progress))
+        return Stream(self._decoder([encoded], [0], Sampling.of(sampling, options), on_progress))
 
     def compress(
         self, document: Prompt, *, protect: Sequence[str] = (), on_progress: Progress | None = None,
@@ -160,13 +160,18 @@ class LLM:
             text, templated = chat.render(tokenizer, cast(Messages, prompt)), True
         return _Encoded(chat.encode(tokenizer, text), chat.protected_mask(tokenizer, text, protect), templated)
 
-    def _run(self, group: list[_Encoded], sampling: Sampling, on_progress: Progress | None) -> list[Output]:
-        decoder = self._decoder(group, sampling, on_progress)
+    def _run(
+        self, group: list[_Encoded], rows: list[int], sampling: Sampling, on_progress: Progress | None
+    ) -> list[Output]:
+        decoder = self._decoder(group, rows, sampling, on_progress)
         for _ in decoder.pieces():
             pass
         return decoder.outputs()
 
-    def _decoder(self, group: list[_Encoded], sampling: Sampling, on_progress: Progress | None) -> Decoder:
+    def _decoder(
+        self, group: list[_Encoded], rows: list[int], sampling: Sampling, on_progress: Progress | None
+    ) -> Decoder:
+        """rows: which of the prompts these are."""
         length = len(group[0].ids)
         if length == 0:
             raise ConfigError("the prompt has no tokens; give at least one")
@@ -180,7 +185,7 @@ class LLM:
         def prefill() -> Tensor:
             return reader.read(ids, protected=mask, on_progress=on_progress)
 
-        return Decoder(reader, prefill, ids, sampling, strip_start=group[0].templated)
+        return Decoder(reader, prefill, ids, sampling, strip_start=group[0].templated, numbers=rows)
 
 
 @dataclass

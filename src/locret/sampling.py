@@ -7,6 +7,7 @@ tokens here and there. Shapes: B rows, V vocabulary.
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable
 from typing import cast
@@ -23,6 +24,9 @@ from transformers.generation.logits_process import (
 )
 
 from locret.config import Sampling
+from locret.errors import NumericsError
+
+NO_TOKEN = -1  # in the place of a token: the row's logits are NaN or infinite
 
 
 class Sampler:
@@ -51,23 +55,51 @@ class Sampler:
         self._generators = [torch.Generator(device).manual_seed(seed) for _ in range(rows)]
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
-        """ids [B, tokens so far] (read by the repetition penalty only), logits [B, V]; returns [B]."""
+        """ids [B, tokens so far] (read by the repetition penalty only), logits [B, V]; returns [B].
+
+        `NO_TOKEN` for a row that has none, so that whoever reads the tokens back learns it with them (`no_token`).
+        """
         if not self.plain:
             logits = self._filters(cast(torch.LongTensor, ids), cast(torch.FloatTensor, logits.float()))
         if self._greedy:
-            return likeliest(logits)
+            return likeliest_or_none(logits)
         weights = logits.softmax(-1)
+        good = weights[:, 0] >= 0  # one NaN or infinity makes all of a row NaN
+        weights.nan_to_num_(1.0)  # on a GPU drawing from NaN would take the whole process down
         rows = zip(weights, self._generators, strict=True)
-        return torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
+        tokens = torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
+        return tokens.where(good, NO_TOKEN)
 
 
 def likeliest(logits: Tensor) -> Tensor:
-    """Indices of the largest of the last dimension; of equal ones the first. logits: [B, V]; returns int64, [B].
+    """Indices of the largest of the last dimension; of equal ones the first, and NaN is the largest of all.
+
+    logits: [B, V]; returns int64, [B].
+    """
+    return largest(logits)[1]
+
+
+def likeliest_or_none(logits: Tensor) -> Tensor:
+    """`likeliest`, and `NO_TOKEN` for a row that holds NaN or +inf, or -inf only: the largest number says it."""
+    most, tokens = largest(logits)
+    return tokens.where(most.abs() < math.inf, NO_TOKEN)
+
+
+def no_token(whose: str, done: int) -> NumericsError:
+    """For `NO_TOKEN` in the place of token `done` of an answer."""
+    return NumericsError(
+        f"the logits of {whose} are NaN or infinite after {done} tokens; its prompt or the model's weights overflow "
+        "(try --dtype float32)"
+    )
+
+
+def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of the last dimension and where it is; of equal ones the first. logits: [B, V]; returns [B] each.
 
     In two stages, as a GPU gives a row of a hundred thousand numbers to one block of threads.
     """
     pieces = _pieces(logits.shape[-1]) if logits.is_cuda else 1
-    return logits.argmax(-1) if pieces == 1 else likeliest_of_pieces(logits, pieces)
+    return largest_of_pieces(logits, pieces)
 
 
 @functools.cache
@@ -76,11 +108,15 @@ def _pieces(vocab: int) -> int:
     return next((n for n in range(256, 15, -1) if vocab % n == 0), 1)
 
 
-def likeliest_of_pieces(logits: Tensor, pieces: int) -> Tensor:
-    """`likeliest`, by way of the largest of each of so many pieces, equally long ones."""
+def largest_of_pieces(logits: Tensor, pieces: int) -> tuple[Tensor, Tensor]:
+    """`largest`, by way of the largest of each of so many pieces, equally long ones."""
+    if pieces == 1:
+        most, at = logits.max(-1)
+        return most, at
     best, place = logits.unflatten(-1, (pieces, -1)).max(-1)
-    piece = best.argmax(-1, keepdim=True)
-    return (piece * (logits.shape[-1] // pieces) + place.gather(-1, piece)).squeeze(-1)
+    most, piece = best.max(-1, keepdim=True)
+    at = place.gather(-1, piece).add(piece, alpha=logits.shape[-1] // pieces)
+    return most.squeeze(-1), at.squeeze(-1)
 
 
 def read_back(tokens: Tensor) -> Callable[[], list[int]]:

@@ -42,11 +42,11 @@ from torch import Tensor
 from locret.cache import out_of_memory
 from locret.config import Sampling
 from locret.decode import Output, Stats, eos_ids, full_cache_bytes
-from locret.errors import CapacityError, ConfigError, NumericsError
+from locret.errors import CapacityError, ConfigError
 from locret.graph import MOST_STASHED
 from locret.plan import Footprint, Shape, footprint
 from locret.prefill import Reader, not_finite
-from locret.sampling import Sampler, TextStream, likeliest, read_back
+from locret.sampling import NO_TOKEN, Sampler, TextStream, likeliest_or_none, no_token, read_back
 from locret.together import Together
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ if TYPE_CHECKING:
 
 _SHORT_CHUNKS = 4  # a prompt of more chunks than that is long: it leaves one slot free
 _PATIENCE = 16  # how often requests that fit may overtake one that does not fit yet
-_BAD_LOGITS, _BAD_SCORES = -1, -2  # in the place of a token
+_BAD_SCORES = NO_TOKEN - 1  # in the place of a token, too
+Mark = float | torch.cuda.Event  # a point in time, of the host and of a GPU
 
 
 class Status(StrEnum):
@@ -148,7 +149,7 @@ class Scheduler:
         exact: see the top of this file.
         graph: with `exact=False`: requests whose steps are alike take one step together; False: attention goes row by
             row, kernel by kernel.
-        clock: seconds; for tests.
+        clock: seconds, of the host; for tests. On a GPU chunks are timed by its own events.
     """
 
     def __init__(
@@ -170,6 +171,7 @@ class Scheduler:
         self._lock = threading.Lock()
         self._credit = 0.0
         self._token_seconds = 0.0  # of prefill, as measured
+        self._unpaid: deque[_Chunk] = deque()  # launched, and not known to be done
         self._clock = clock
 
     @property
@@ -291,14 +293,16 @@ class Scheduler:
     def _read(self) -> None:
         """Prefill chunks: one when nobody answers, otherwise those that the steps so far have left time for."""
         answering = any(r.status is Status.DECODE for r in self.requests)
+        self._pay()
         self._credit = min(self._credit, 0.0) + self.chunk_seconds
         ran = False
         while (request := self._next_reader()) is not None:
             expected = self._token_seconds * min(request._left, max(request.cost.chunks))
-            if answering and (self._credit <= 0 or (ran and self._credit < expected)):
+            left = self._credit - self._token_seconds * sum(chunk.tokens for chunk in self._unpaid)
+            if answering and (left <= 0 or (ran and left < expected)):
                 return
             self._turn += 1
-            self._credit -= self._read_chunk(request)
+            self._read_chunk(request, counts=answering)
             ran = True
             if not answering:
                 self._credit = 0.0
@@ -314,11 +318,12 @@ class Scheduler:
             return min(reading, key=lambda r: r.number)
         return min(reading, key=lambda r: (r._left, r.number))
 
-    def _read_chunk(self, request: Request) -> float:
-        """Seconds that it took."""
+    def _read_chunk(self, request: Request, *, counts: bool) -> None:
+        """counts: somebody waits for a decode step meanwhile, so that what it takes is charged."""
         assert request._chunks is not None
         assert request._reader is not None
-        started, before = self._clock(), request._reader.cache.seen
+        began, before = self._mark(), request._reader.cache.seen
+        done, logits = 0, None
         try:
             _, logits = next(request._chunks)
             done = request._reader.cache.seen - before
@@ -330,11 +335,27 @@ class Scheduler:
                     self._together.enter(request)
         except Exception as error:
             self._fail(request, error)
-            return self._clock() - started
-        took = self._clock() - started
-        request._prefill_seconds += took
-        self._token_seconds = took / max(1, done)
-        return took
+        self._unpaid.append(_Chunk(request, done, began, self._mark(), counts))
+        self._pay(wait=logits is not None)  # the host has read a token of these: they are done
+
+    def _mark(self) -> Mark:
+        """Now, by the clock of whoever does the work: a GPU gets there later, and nobody waits for it here."""
+        device = self.llm.backbone.device
+        if device.type != "cuda":
+            return float(self._clock())
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(device))
+        return event
+
+    def _pay(self, *, wait: bool = False) -> None:
+        """Charge chunks what they took, as soon as that is known: a decode step that follows them is waited for."""
+        while self._unpaid and (took := _seconds(self._unpaid[0], wait=wait)) is not None:
+            chunk = self._unpaid.popleft()
+            if chunk.tokens:
+                chunk.request._prefill_seconds += took
+                self._token_seconds = took / chunk.tokens
+            if chunk.counts:
+                self._credit -= took
 
     # ------------------------------------------------------------------ decode
 
@@ -372,14 +393,12 @@ class Scheduler:
 
     def _chosen(self, requests: list[Request], logits: Tensor) -> Tensor:
         """The next token of each from [n, V], or what says that there is none: [n], on the device."""
-        clean = logits.nan_to_num(0.0, 0.0, -math.inf)
-        chosen = likeliest(clean)
+        chosen = likeliest_or_none(logits)
         for i, request in enumerate(requests):
             assert request._sampler is not None
             if not request._sampler.plain:
                 with self._owned(request):
-                    chosen[i : i + 1] = self._sample(request, request._sampler, clean[i : i + 1])
-        chosen = chosen.where(logits.amax(-1).isfinite(), _BAD_LOGITS)
+                    chosen[i : i + 1] = self._sample(request, request._sampler, logits[i : i + 1])
         good = None if self._together is None else self._together.good(requests)
         return chosen if good is None else chosen.where(good, _BAD_SCORES)
 
@@ -397,11 +416,8 @@ class Scheduler:
         return sampler(ids, logits)
 
     def _checked(self, request: Request, token: int) -> int:
-        if token == _BAD_LOGITS:
-            raise NumericsError(
-                f"the logits of request {request.number} are NaN or infinite after {len(request.tokens)} tokens; "
-                "its prompt or the model's weights overflow (try --dtype float32)"
-            )
+        if token == NO_TOKEN:
+            raise no_token(f"request {request.number}", len(request.tokens))
         if token == _BAD_SCORES:
             seen = len(request.prompt) + len(request.tokens)
             raise not_finite(self.llm.method, seen - MOST_STASHED, seen)
@@ -450,7 +466,7 @@ class Scheduler:
                 self._fail(request, error)
 
     def _fail(self, request: Request, error: Exception) -> None:
-        if isinstance(error, CapacityError) or out_of_memory(error):
+        if out_of_memory(error):
             others = len([r for r in self.requests if r is not request])
             failed = CapacityError(f"out of memory for request {request.number}: {_arithmetic(request.cost)}, beside "
                                    f"{others} other requests; try again when they are done, or lower max_bytes, slots "
@@ -486,6 +502,29 @@ class Scheduler:
             kv_bytes_full=full_cache_bytes(self.llm.backbone, len(request.prompt) + len(request.tokens)),
             prefill_seconds=request._prefill_seconds, decode_seconds=request._decode_seconds,
         )  # fmt: skip
+
+
+@dataclass
+class _Chunk:
+    """A prefill chunk that was launched."""
+
+    request: Request
+    tokens: int  # 0: it failed
+    began: Mark
+    ended: Mark
+    counts: bool
+
+
+def _seconds(chunk: _Chunk, *, wait: bool) -> float | None:
+    """What it took; None: a GPU is still at it."""
+    began, ended = chunk.began, chunk.ended
+    if isinstance(began, float):
+        assert isinstance(ended, float)
+        return ended - began
+    assert not isinstance(ended, float)
+    if wait:
+        ended.synchronize()
+    return began.elapsed_time(ended) / 1e3 if ended.query() else None
 
 
 def _needed(costs: list[Footprint]) -> int:

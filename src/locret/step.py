@@ -134,8 +134,11 @@ class Step:
         self._backbone = self._slabs = None
 
     def run(self, tokens: Tensor) -> Tensor:
-        """Read one token a row, [B]; returns logits [B, V] in memory that the next run may write over."""
-        self._tokens.copy_(tokens[:, None])
+        """Read one token a row, [B] on the device; returns logits [B, V] in memory that the next run may write over.
+
+        Below 0 there is no token (`sampling.NO_TOKEN`): the host may not know yet that the row has failed.
+        """
+        torch.clamp(tokens[:, None], min=0, out=self._tokens)
         if self._graph is not None:
             self._graph.replay()
         else:

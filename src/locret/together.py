@@ -82,7 +82,7 @@ class Together:
         """
         if self.graph is None or not self.graph.ahead:
             return
-        news = dict(zip(requests, tokens.clamp(min=0), strict=True))  # below 0: no token, it fails
+        news = dict(zip(requests, tokens, strict=True))
         going = [r for r in requests if self._has_room(r) and len(r.tokens) + 1 < r.sampling.max_new_tokens]
         late = [request for request in self._late if not request.finished]
         if going:

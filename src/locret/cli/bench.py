@@ -31,7 +31,9 @@ def bench(
     batches: Annotated[str, Option("--batches", help="Rows that decode together, with commas between.")] = "1,4",
     new_tokens: Annotated[int, Option("--new-tokens", help="Tokens of an answer.")] = 16,
     repeats: Annotated[int, Option("--repeats", help="Runs per number.")] = 3,
-    peers: Annotated[bool, Option("--peers/--no-peers", help="Also transformers' full cache.")] = True,
+    peers: Annotated[
+        bool, Option("--peers/--no-peers", help="Also transformers' full cache, as shipped and on cuDNN.")
+    ] = True,
     plot: Annotated[Path | None, Option("--plot", help="Write an SVG.")] = None,
 ) -> None:
     """Measure TTFT, TPOT, throughput and memory."""
@@ -92,7 +94,10 @@ def _show(report: Report) -> None:
     for ratio in report.ratios():
         texts = [f"{name.upper()} {ratio[name]:.2f}" for name in ("ttft", "tpot") if ratio[name] is not None]
         text = ", ".join(texts) or ratio["failed"]
-        say(f"{ratio['length']:,} tokens, batch {ratio['batch']}: transformers' seconds / locret's: {text}")
+        whose = f"{ratio['peer']}'" + "s" * (not ratio["peer"].endswith("s"))
+        say(f"{ratio['length']:,} tokens, batch {ratio['batch']}: {whose} seconds / locret's: {text}")
+    for engine, why in s["left_out"].items():
+        say(f"{engine} left out: {why}")
     bar = report.bar()
     if bar is not None:
         say(bar)
