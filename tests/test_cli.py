@@ -26,12 +26,12 @@ VERBS = [
     "doctor",
 ]  # fmt: skip
 STATS = {
-    "prompt_tokens", "new_tokens", "method", "budget", "kv_bytes", "peak_kv_bytes", "kv_bytes_full", "prefill_seconds",
-    "decode_seconds",
+    "prompt_tokens", "new_tokens", "method", "budget", "chunk_size", "kv_bytes", "peak_kv_bytes", "kv_bytes_full",
+    "prefill_seconds", "decode_seconds",
 }  # fmt: skip
 
 
-STATS_VALUES = Stats(9, 2, "locret", 8, 1024, 2048, 4096, 0.5, 0.25)
+STATS_VALUES = Stats(9, 2, "locret", 8, 256, 1024, 2048, 4096, 0.5, 0.25)
 
 
 class FakeStream:

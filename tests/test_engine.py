@@ -584,8 +584,8 @@ def test_the_numbers_of_an_answer_agree_with_each_other(monkeypatch, length, end
     assert stats.prefill_seconds > 0
     assert stats.decode_seconds > 0
     flat = out.to_dict()
-    assert {"text", "prompt_tokens", "new_tokens", "finish_reason", "method", "budget", "kv_bytes", "peak_kv_bytes",
-            "kv_bytes_full", "prefill_seconds", "decode_seconds"} <= set(flat)  # fmt: skip
+    assert {"text", "prompt_tokens", "new_tokens", "finish_reason", "method", "budget", "chunk_size", "kv_bytes",
+            "peak_kv_bytes", "kv_bytes_full", "prefill_seconds", "decode_seconds"} <= set(flat)  # fmt: skip
 
 
 def test_a_question_counts_the_tokens_that_were_read(monkeypatch):

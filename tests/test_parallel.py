@@ -43,6 +43,7 @@ folder = Path({folder!r})
 for how in {ways!r}:
     backbone = split(how, folder)
     found = dict(share=backbone.shard.size, heads=[backbone.num_q_heads, backbone.num_kv_heads])
+    found["least"] = backbone.shard.least(5 + backbone.shard.rank, backbone.device)
     if how != "fsdp":
         found["tokens"] = answers(backbone, folder)
         backbone.fused = recognise(backbone)  # as on a GPU
@@ -155,6 +156,7 @@ def test_tensor_parallel_gives_the_tokens_and_the_heads_of_one_process(how, one,
     assert [rank["share"] for rank in ranks] == [2, 2]
     assert [rank["heads"] for rank in ranks] == [[4, 2], [4, 2]]
     assert [rank["fused"] for rank in ranks] == [True, True]
+    assert [rank["least"] for rank in ranks] == [5, 5]
     assert [rank["tokens"] for rank in ranks] == [tokens * 2, tokens * 2]
     check_training(folder / how, ranks, alone)
 

@@ -121,14 +121,16 @@ def test_without_a_budget_the_largest_that_fits_is_found() -> None:
     plan = make_plan(shape, get_card("rtx-4090"), context=131_072, users=2, new_tokens=64)
     assert plan.budget is not None
     assert plan.fits
-    assert not make_plan(shape, plan.card, context=131_072, users=2, new_tokens=64, budget=plan.budget + 1).fits
+    options: dict[str, Any] = dict(context=131_072, users=2, new_tokens=64, budget=plan.budget + 1)
+    assert not make_plan(shape, plan.card, chunk_size=3072, **options).fits
+    assert make_plan(shape, plan.card, **options).chunk_size < plan.chunk_size == 3072
     everything = make_plan(shape, get_card("h200"), context=4096, new_tokens=10)
     assert everything.budget == 4106
     many = make_plan(shape, get_card("rtx-4090"), context=131_072, users=600)
     assert many.fits
     assert many.budget is not None
     assert many.budget < 256
-    little = get_card("rtx-4090", memory=17_200_000_000)  # not even for what is pinned
+    little = get_card("rtx-4090", memory=17_000_000_000)  # not even for what is pinned
     pinned = make_plan(shape, little, context=131_072, num_stabilizers=3000)
     assert not pinned.fits
     assert pinned.budget is not None

@@ -150,6 +150,9 @@ def _groups(
         reader = Reader.start(llm.backbone, llm.method, llm.config, batch=len(rows), prompt_len=length,
                               new_tokens=new_tokens)  # fmt: skip
         groups.append((rows, reader, part))
+    if llm.config.chunk_size is None:
+        for _, reader, _ in groups:  # again, beside the caches of all of them
+            reader.shorten_chunks()
     return groups
 
 

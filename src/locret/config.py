@@ -19,6 +19,7 @@ STORAGE = (
     "dense", "int8", "int4", "int2", "quanto4", "quanto2", "hqq8", "hqq4", "hqq2", "kivi4", "kivi2", "minikv", "think",
     "think-int4", "lorc",
 )  # fmt: skip  # of `stores`
+LARGEST_CHUNK = 3072  # the paper's; longer only if asked for
 SEEDS = (-(2**63), 2**64 - 1)  # what torch's generators take
 _BYTE_UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -30,7 +31,9 @@ class CacheConfig:
     Attributes:
         budget: units kept per layer and KV head (`6000`), bytes of the whole cache (`"2GiB"`), or a share of the
             prompt (`"5%"`). Sinks, stabilizers, the local window and decoded tokens all count inside it.
-        chunk_size: prompt tokens per prefill step; default: the budget, at most 3072 (the paper's), at least 256.
+        chunk_size: prompt tokens per prefill step; default: the budget, at most 3072 (the paper's), at least 256, and
+            on a GPU with less memory left than such a chunk takes, the largest multiple of 256 that fits. Where chunks
+            end decides what is evicted: a warning names the number, which gives the same results wherever it is given.
         num_sinks: first units, pinned. The paper pins none.
         num_stabilizers: newest units, pinned while prefill goes on; default: a quarter of the budget, at most 2500.
         local_window: last prompt tokens, prefilled after the loop and not evicted; default 100, less for tiny budgets.
@@ -82,7 +85,7 @@ class CacheConfig:
         Raises: ConfigError: the budget cannot hold what is pinned; the message names the numbers.
         """
         budget = _units(parse_budget(self.budget), self.budget, prompt_len, unit_bytes, fixed_bytes)
-        chunk = min(3072, max(256, budget)) if self.chunk_size is None else self.chunk_size
+        chunk = min(LARGEST_CHUNK, max(256, budget)) if self.chunk_size is None else self.chunk_size
         stabilizers, local, interval = self._shares(budget)
         pinned = self.num_sinks + num_protected + max(stabilizers, local)
         if pinned + min(interval, budget) > budget:

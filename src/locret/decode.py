@@ -27,6 +27,7 @@ class Stats:
 
     Attributes:
         prompt_tokens: tokens read, the document of a context included.
+        chunk_size: of the plan: prompt tokens per prefill step.
         kv_bytes: the slabs that hold the kept units.
         peak_kv_bytes: slabs, the workspace one layer needs for a chunk, and that layer's rotated keys.
         kv_bytes_full: what keys and values of all tokens would take in a full cache.
@@ -37,6 +38,7 @@ class Stats:
     new_tokens: int
     method: str
     budget: int | None
+    chunk_size: int
     kv_bytes: int
     peak_kv_bytes: int
     kv_bytes_full: int
@@ -194,6 +196,7 @@ class Decoder:
             new_tokens=len(self._tokens[row]),
             method=self._reader.method.name,
             budget=self._reader.plan.budget,
+            chunk_size=self._reader.plan.chunk_size,
             kv_bytes=cache.nbytes // rows,
             peak_kv_bytes=cache.peak_bytes // rows,
             kv_bytes_full=full_cache_bytes(self._reader.backbone, prompt + len(self._tokens[row])),

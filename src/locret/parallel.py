@@ -99,6 +99,14 @@ class Shard:
         dist.all_reduce(x)
         return x
 
+    def least(self, number: int, device: torch.device) -> int:
+        """The smallest of everybody's numbers; `device`: where the group's tensors lie."""
+        if self.size == 1:
+            return number
+        found = torch.tensor(number, device=device)
+        dist.all_reduce(found, dist.ReduceOp.MIN)
+        return int(found)
+
     def join(self, x: Tensor, whole: bool = False) -> Tensor:
         """Everybody's `x` side by side along the last dimension; `whole`: it is that already."""
         if self.size == 1 or whole:

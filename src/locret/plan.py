@@ -26,8 +26,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from locret.backbone import AttentionCall, Backbone, LayerSpec
 from locret.cache import unit_bytes
-from locret.config import CacheConfig, CachePlan
+from locret.config import LARGEST_CHUNK, CacheConfig, CachePlan
 from locret.errors import BackboneError, ConfigError, HeadsError, unknown
+from locret.memory import RESERVE, longest_chunk, mlp_width
 from locret.methods import Method, find_method
 from locret.prefill import Reader, spare_units
 from locret.stores import Store, fixed_bytes, layer_stores, widest_part
@@ -35,7 +36,7 @@ from locret.stores import unit_bytes as stored_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HEADS_SIZE = 256  # d_R of retaining heads that are not there yet: the default of `locret train`
-RUNTIME_BYTES = 512 * 2**20  # CUDA context, libraries, allocator's slack: an estimate
+RUNTIME_BYTES = 256 * 2**20 + RESERVE  # CUDA context and libraries, and what a run sets aside: an estimate
 # of a card's data sheet, what large copies and matmuls reach; measured on one H200: 4.3 of 4.8 TB/s, 700 of 989 TFLOP/s
 ATTAINED_BANDWIDTH, ATTAINED_FLOPS = 0.9, 0.7
 
@@ -51,6 +52,7 @@ class Shape:
         output: numbers in the output matrix.
         max_length: the longest input the model was trained for.
         softcap: of attention's logits; such attention takes a layer's units in one piece.
+        mlp_width: numbers that a token has at once in an MLP (`memory`); 0: the intermediate size.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Shape:
     output: int
     max_length: int
     softcap: float | None = None
+    mlp_width: int = 0
 
     @property
     def num_layers(self) -> int:
@@ -108,7 +111,7 @@ class Shape:
             matmul=sum(int(n * active) if ".experts." in f".{key}" else n for key, n in matrices),
             output=model.get_output_embeddings().weight.numel(),
             max_length=int(getattr(config, "max_position_embeddings", 0) or 0),
-            softcap=getattr(config, "attn_logit_softcapping", None),
+            softcap=getattr(config, "attn_logit_softcapping", None), mlp_width=mlp_width(config),
         )  # fmt: skip
 
     @classmethod
@@ -227,6 +230,8 @@ class Footprint:
         units: per layer, the most units that it holds between two passes.
         room: per layer, the units that its slab has room for.
         chunks: the prompt's, in tokens.
+        token: bytes of activations that a token of a chunk takes: `Reader.token_bytes`.
+        layer: what a layer's turn takes on a GPU however short the chunk is: `Reader.layer_bytes`.
     """
 
     plan: CachePlan
@@ -237,6 +242,8 @@ class Footprint:
     units: tuple[int, ...]
     room: tuple[int, ...]
     chunks: tuple[int, ...]
+    token: int
+    layer: int
 
     @property
     def peak(self) -> int:
@@ -246,15 +253,16 @@ class Footprint:
 
 def footprint(
     shape: Shape, method: Method, config: CacheConfig, *, prompt_len: int, new_tokens: int | None, dtype: torch.dtype,
-    num_protected: int = 0,
+    num_protected: int = 0, most_chunk: int = LARGEST_CHUNK,
 ) -> Footprint:  # fmt: skip
     """What a prompt of `prompt_len` tokens and an answer of at most `new_tokens` take.
 
+    most_chunk: as for `Reader.start`; as it is, chunks of the default size fit.
     Not counted: a second look at attention (methods that score cached units again), and heads that keep different
     numbers of units are taken to keep the same.
     Raises: ConfigError: the options do not go together; the message of the engine itself.
     """
-    reader = _allocate(shape, method, config, prompt_len, new_tokens, dtype, num_protected)
+    reader = _allocate(shape, method, config, prompt_len, new_tokens, dtype, num_protected, most_chunk)
     total = prompt_len + (new_tokens or 1)
     full = reader.plan.budget is None
     units = tuple(
@@ -297,12 +305,13 @@ def footprint(
         scratch=max(scratch, beside),
         rope=2 * reach * shape.head_dim * dtype.itemsize, units=units, room=room,
         chunks=tuple(stop - start for start, stop in itertools.pairwise(edges)),
+        token=reader.token_bytes, layer=reader.layer_bytes,
     )  # fmt: skip
 
 
 def _allocate(
     shape: Shape, method: Method, config: CacheConfig, prompt_len: int, new_tokens: int | None, dtype: torch.dtype,
-    num_protected: int,
+    num_protected: int, most_chunk: int,
 ) -> Reader:  # fmt: skip
     """The engine's own allocation, on a device that has no memory."""
     stand_in: Any = SimpleNamespace(
@@ -310,11 +319,14 @@ def _allocate(
         num_q_heads=shape.num_q_heads, num_layers=shape.num_layers, head_dim=shape.head_dim, dtype=dtype,
         calls=[AttentionCall(1.0, shape.softcap, None)], attention_modules=None,
         device=torch.device("meta"), rope=lambda length, prompt_len: None,
-        model=SimpleNamespace(config=SimpleNamespace(max_position_embeddings=shape.max_length)),
+        model=SimpleNamespace(config=SimpleNamespace(
+            max_position_embeddings=shape.max_length, hidden_size=shape.hidden_size,
+            intermediate_size=shape.mlp_width or shape.intermediate_size, vocab_size=shape.vocab_size,
+        )),
     )  # fmt: skip
     return Reader.start(
         cast(Backbone, stand_in), method, config, batch=1, prompt_len=prompt_len, new_tokens=new_tokens,
-        num_protected=num_protected,
+        num_protected=num_protected, most_chunk=most_chunk,
     )  # fmt: skip
 
 
@@ -505,7 +517,8 @@ def make_plan(
     """The plan for `users` sequences of `context` tokens at once, prompts read one chunk at a time.
 
     Args:
-        budget: as in `CacheConfig`; None: the most units that fit the card.
+        budget: as in `CacheConfig`; None: the most units that fit the card beside chunks of the default size, or, where
+            none do, beside shorter ones.
         **cache_options: the other fields of `CacheConfig`.
     Raises: ConfigError: a number or a name that cannot be used.
     """
@@ -515,32 +528,35 @@ def make_plan(
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
 
-    def of(budget: int | str) -> Plan:
+    def of(budget: int | str, *, shorten: bool = True) -> Plan:
         config = CacheConfig.from_dict({**cache_options, "budget": budget})
-        return _plan(shape, card, stand_in_method(method), config, context, users, new_tokens, dtype)
+        return _plan(shape, card, stand_in_method(method), config, context, users, new_tokens, dtype, shorten)
+
+    def largest(*, shorten: bool) -> Plan:
+        def holds(budget: int) -> Plan | None:
+            """None: less than what is pinned."""
+            try:
+                return of(budget, shorten=shorten)
+            except ConfigError:
+                return None
+
+        low, high = 0, context + new_tokens  # a larger budget than that holds nothing more
+        best, plan = None, holds(high) or of(max(high, _PLENTY), shorten=shorten)
+        if plan.fits:
+            return plan
+        while high - low > 1:
+            middle = (low + high) // 2
+            found = holds(middle)
+            if found is not None and not found.fits:
+                high, plan = middle, found
+            else:
+                low, best = middle, found or best
+        return best or plan
 
     if budget is not None:
         return of(budget)
-
-    def holds(budget: int) -> Plan | None:
-        """None: less than what is pinned."""
-        try:
-            return of(budget)
-        except ConfigError:
-            return None
-
-    low, high = 0, context + new_tokens  # a larger budget than that holds nothing more
-    best, plan = None, holds(high) or of(max(high, _PLENTY))
-    if plan.fits:
-        return plan
-    while high - low > 1:
-        middle = (low + high) // 2
-        found = holds(middle)
-        if found is not None and not found.fits:
-            high, plan = middle, found
-        else:
-            low, best = middle, found or best
-    return best or plan
+    plan = largest(shorten=False)  # with short chunks a few more units would fit, and prompts would be slow
+    return plan if plan.fits else largest(shorten=True)
 
 
 _PLENTY = 4096  # units: more than what is pinned by default, for prompts that are shorter than that
@@ -557,14 +573,23 @@ def stand_in_method(name: str) -> Method:
 
 def _plan(
     shape: Shape, card: Card, method: Method, config: CacheConfig, context: int, users: int, new_tokens: int,
-    dtype: str,
+    dtype: str, shorten: bool,
 ) -> Plan:  # fmt: skip
+    """shorten: chunks where they do not fit otherwise, as a run on the card does."""
     kind = DTYPES[dtype]
     size = kind.itemsize
-    one = footprint(shape, method, config, prompt_len=context, new_tokens=new_tokens, dtype=kind)
-    chunk = max(one.chunks)
     heads = shape.heads_parameters if method.name == "locret" else 0
-    inner = max(3 * shape.intermediate_size, (2 * shape.num_q_heads + 3 * shape.num_kv_heads) * shape.head_dim)
+    weights, logits = (shape.parameters + heads) * size, 6 * users * shape.vocab_size
+
+    def of(most: int) -> Footprint:
+        return footprint(shape, method, config, prompt_len=context, new_tokens=new_tokens, dtype=kind, most_chunk=most)
+
+    one = of(LARGEST_CHUNK)
+    if shorten:
+        scratch = max(one.scratch, one.layer)
+        others = weights + users * (one.slabs + one.rope) + one.workspace + scratch + logits + RUNTIME_BYTES
+        one = of(longest_chunk(card.memory - others, one.token, min(one.plan.chunk_size, context + new_tokens)))
+    chunk = max(one.chunks)
     stores = _stores(shape, config.storage, kind)
     units = [unit_bytes(shape.head_dim, kind, len(method.state), store) for store in stores]
     dense = _unit(shape, method, kind, _stores(shape, "dense", kind))
@@ -573,7 +598,7 @@ def _plan(
     )
     widest = max(one.units)
     items = (
-        Item("weights", (shape.parameters + heads) * size,
+        Item("weights", weights,
              f"{shape.parameters:,} parameters" + (f" + {heads:,} of retaining heads" if heads else "")
              + f" x {size} B"),
         Item("KV cache", users * (one.slabs + one.rope),
@@ -582,12 +607,11 @@ def _plan(
         Item("workspace", one.workspace,
              f"({widest:,} units + chunk {chunk:,}) x {shape.num_kv_heads} KV heads x {dense} B, one for all layers"
              if one.workspace else "none: units are joined in scratch"),
-        Item("scratch", one.scratch, "rotated keys of one layer" + (
+        Item("scratch", max(one.scratch, one.layer), "rotated keys of one layer" + (
             "" if config.storage == "dense" else f", and its {config.storage} units unpacked")
              + ("; a second look at attention, at most 32 MiB, comes on top" if method.rescoring else "")),
-        Item("activations", chunk * (2 * shape.hidden_size + inner) * size + 6 * users * shape.vocab_size,
-             f"estimate: chunk {chunk:,} x (2 x hidden {shape.hidden_size:,} + {inner:,}) x {size} B, and logits"),
-        Item("runtime", RUNTIME_BYTES, "estimate: CUDA context and the allocator's slack"),
+        Item("activations", chunk * one.token + logits, f"estimate: chunk {chunk:,} x {one.token:,} B, and logits"),
+        Item("runtime", RUNTIME_BYTES, "estimate: CUDA context, libraries' workspaces and the allocator's slack"),
     )  # fmt: skip
     full = sum(context + new_tokens if w is None else min(context + new_tokens, w) for w in shape.windows)
     return Plan(

@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -30,12 +31,13 @@ from torch import Tensor
 from locret.aside import Aside
 from locret.backbone import AttentionCall, Backbone, Rope, model_length
 from locret.cache import KVCache, LayerCache, Packed, Units, unit_bytes
-from locret.config import CacheConfig, CachePlan
+from locret.config import LARGEST_CHUNK, CacheConfig, CachePlan
 from locret.errors import ConfigError, NumericsError
 from locret.graph import MOST_STASHED, StepGraph, alike, can_capture
 from locret.kernels.attention import add_prefix, chunk_attention, prefix_causal_attention
 from locret.kernels.compact import Candidates, candidates, kept_beside, pin
 from locret.kernels.switch import use_triton
+from locret.memory import RESERVE, free_bytes, longest_chunk, token_bytes
 from locret.methods.base import BIAS, ChunkView, Joined, Method
 from locret.observe import AttentionProbe, surprisal
 from locret.replay import Race, Replay, has_room
@@ -74,7 +76,7 @@ class Reader:
     @classmethod
     def start(
         cls, backbone: Backbone, method: Method, config: CacheConfig, *, batch: int, prompt_len: int | None,
-        new_tokens: int | None = None, num_protected: int = 0,
+        new_tokens: int | None = None, num_protected: int = 0, most_chunk: int | None = None,
     ) -> Reader:  # fmt: skip
         """Resolve the options for a prompt and allocate the cache.
 
@@ -83,6 +85,8 @@ class Reader:
             new_tokens: how many more will follow at most; None when unknown. A cache that can hold everything is not
                 made larger than that.
             num_protected: units the caller will mark.
+            most_chunk: tokens that a chunk may have at most, where the options leave its size open; default: as many as
+                have room on the device beside the cache.
         """
         windows = [layer.window for layer in backbone.layers]
         heads, width, dtype = backbone.num_kv_heads, backbone.head_dim, backbone.dtype
@@ -92,7 +96,7 @@ class Reader:
         fixed += sum((w - 1) * size for w, size in zip(windows, each, strict=True) if w is not None)
         budgeted = sum(size for w, size in zip(windows, each, strict=True) if w is None)
         if method.wants_surprisal:
-            fixed += budgeted * (config.chunk_size or 3072)
+            fixed += budgeted * (config.chunk_size or LARGEST_CHUNK)
         if method.ragged:
             fixed += windows.count(None) * heads * 8  # their lengths
         fixed += budgeted * spare_units(method)
@@ -105,7 +109,10 @@ class Reader:
             raise ConfigError(f"the files of method {method.name!r} were made for another model: {method.made_for}, "
                               f"this one is {backbone.fingerprint()}; make them on this model")  # fmt: skip
         total = None if prompt_len is None or new_tokens is None else prompt_len + new_tokens
-        return cls._allocate(backbone, method, plan, batch, prompt_len, total, num_protected)
+        reader = cls._allocate(backbone, method, plan, batch, prompt_len, total, num_protected)
+        if config.chunk_size is None:
+            reader.shorten_chunks(most_chunk)
+        return reader
 
     @classmethod
     def resume(
@@ -146,6 +153,51 @@ class Reader:
         return cls(
             backbone, method, plan, cache, backbone.rope(reach + 1, rope_length or longest), num_protected, budgets
         )
+
+    def shorten_chunks(self, most: int | None = None) -> None:
+        """Before anything is read: no chunk is longer than `most`; default: than there is memory for now.
+
+        A cache that was allocated for longer chunks keeps the room for one.
+        """
+        device, size = self.backbone.device, self.cache.chunk_size
+        if most is None:
+            free = free_bytes(device)
+            if free is None:
+                return
+            fits = longest_chunk(free - RESERVE - self.layer_bytes, self.token_bytes, size)
+            most = self.backbone.shard.least(fits, device)  # processes that share a model read the same chunks
+        if most >= size:
+            return
+        if device.type != "meta":  # that of a plan
+            warnings.warn(
+                f"prompts are read in chunks of {most} tokens: there is no memory for the activations of longer ones. "
+                "Where chunks end decides what is evicted; to get the same results whatever is free, give that number "
+                f"(--chunk-size {most}, chunk_size={most})",
+                stacklevel=3,  # Python shows a text once for each place that starts readers
+            )
+        self.plan = dataclasses.replace(self.plan, chunk_size=most)
+        self.cache.chunk_size = most
+        self.method.check(self.plan)
+
+    @property
+    def token_bytes(self) -> int:
+        """What one more token in all rows' chunks takes besides the cache."""
+        backbone, config, itemsize = self.backbone, self.backbone.model.config, self.backbone.dtype.itemsize
+        one = token_bytes(config, backbone.num_q_heads, backbone.num_kv_heads, backbone.head_dim, itemsize)
+        return self.cache.batch * (one + (config.vocab_size * itemsize if self.method.wants_surprisal else 0))
+
+    @property
+    def layer_bytes(self) -> int:
+        """What the units before a chunk take while a layer attends to them, beside slabs and workspace: rotated keys,
+        decoded or padded ones, and logits where they are capped (`kernels.attention`, blocks of 256 rows)."""
+        cache, backbone = self.cache, self.backbone
+        units = max(layer.slab.tensors()["score"].numel() for layer in cache.layers)  # of all rows and KV heads
+        copies = 3 if cache.stores is not None or self.method.ragged else 1
+        found = copies * units * backbone.head_dim * backbone.dtype.itemsize
+        if any(call.softcap is not None for call in backbone.calls):
+            units += cache.batch * backbone.num_kv_heads * cache.chunk_size
+            found += 3 * 256 * 4 * units * backbone.num_q_heads // backbone.num_kv_heads
+        return found
 
     def copy(self) -> Reader:
         """An independent copy; the rotation tables are shared, they only grow."""

@@ -40,10 +40,11 @@ import torch
 from torch import Tensor
 
 from locret.cache import out_of_memory
-from locret.config import Sampling
+from locret.config import LARGEST_CHUNK, Sampling
 from locret.decode import Output, Stats, eos_ids, full_cache_bytes
 from locret.errors import CapacityError, ConfigError
 from locret.graph import MOST_STASHED
+from locret.memory import RESERVE, free_bytes, longest_chunk
 from locret.plan import Footprint, Shape, footprint
 from locret.prefill import Reader, not_finite
 from locret.sampling import NO_TOKEN, Sampler, TextStream, likeliest_or_none, no_token, read_back
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from locret.engine import LLM, Prompt
 
 _SHORT_CHUNKS = 4  # a prompt of more chunks than that is long: it leaves one slot free
+_LONG_PROMPT = 131_072  # tokens: what slots hold at most where the budget does not say (a share, a full cache)
 _PATIENCE = 16  # how often requests that fit may overtake one that does not fit yet
 _BAD_SCORES = NO_TOKEN - 1  # in the place of a token, too
 Mark = float | torch.cuda.Event  # a point in time, of the host and of a GPU
@@ -160,12 +162,14 @@ class Scheduler:
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{name} is {value}; it must be above 0")
         self.llm, self.slots, self.exact, self.chunk_seconds = llm, slots, exact, chunk_seconds
-        self.max_bytes = _free_bytes(llm.backbone.device) if max_bytes is None else max_bytes
+        free = free_bytes(llm.backbone.device)
+        self.max_bytes = int(free * 0.9) if max_bytes is None and free is not None else max_bytes
         self.requests: list[Request] = []  # in slots, in order of admission
         self.waiting: list[Request] = []
         self._inbox: deque[Request] = deque()  # submitted, perhaps by another thread, since the last step
         self._together = None if exact else Together(llm.backbone, llm.method, slots, graph=graph)
         self._shape = Shape.of_backbone(llm.backbone)
+        self._most_chunk = LARGEST_CHUNK if free is None else self._room_for_chunks(free)
         self._eos = eos_ids(llm.backbone)
         self._numbers, self._turn = itertools.count(), 0
         self._lock = threading.Lock()
@@ -203,7 +207,7 @@ class Scheduler:
         cost = footprint(
             self._shape, self.llm.method, self.llm.config, prompt_len=len(encoded.ids),
             new_tokens=chosen.max_new_tokens, dtype=self.llm.backbone.dtype,
-            num_protected=marked,
+            num_protected=marked, most_chunk=self._most_chunk,
         )  # fmt: skip
         if self.max_bytes is not None and _needed([cost]) > self.max_bytes:
             raise CapacityError(f"this request can never be admitted: {_arithmetic(cost)}, and the limit is "
@@ -242,6 +246,21 @@ class Scheduler:
 
     # ------------------------------------------------------------------ admission
 
+    def _room_for_chunks(self, free: int) -> int:
+        """The longest chunk of any request that leaves its size open, from what is free beside full caches in all
+        slots. Chosen once: by what is free when a request starts, its tokens would depend on who else is here."""
+        llm = self.llm
+        try:
+            one = footprint(
+                self._shape, llm.method, llm.config, prompt_len=max(_LONG_PROMPT, self._shape.max_length),
+                new_tokens=None, dtype=llm.backbone.dtype,
+            )  # fmt: skip
+        except ConfigError:  # of options that no request can have: `submit` says so
+            return LARGEST_CHUNK
+        caches = self.slots * (one.slabs + one.rope) + one.workspace + one.scratch
+        left = free - min(caches, self.max_bytes or caches) - one.layer - RESERVE
+        return llm.backbone.shard.least(longest_chunk(left, one.token, LARGEST_CHUNK), llm.backbone.device)
+
     def _admit(self) -> None:
         overtaken: list[Request] = []
         for request in sorted(self.waiting, key=lambda r: (-r.priority, r.number)):
@@ -273,6 +292,7 @@ class Scheduler:
         reader = Reader.start(
             self.llm.backbone, self.llm.method, self.llm.config, batch=1, prompt_len=len(request.prompt),
             new_tokens=request.sampling.max_new_tokens, num_protected=0 if marked is None else int(marked.sum()),
+            most_chunk=self._most_chunk,
         )  # fmt: skip
         self._share_workspace(reader)
         ids = torch.tensor([request.prompt])
@@ -497,7 +517,8 @@ class Scheduler:
         cache = None if request._reader is None else request._reader.cache
         return Stats(
             prompt_tokens=len(request.prompt), new_tokens=len(request.tokens), method=self.llm.method.name,
-            budget=request.cost.plan.budget, kv_bytes=0 if cache is None else cache.nbytes,
+            budget=request.cost.plan.budget, chunk_size=request.cost.plan.chunk_size,
+            kv_bytes=0 if cache is None else cache.nbytes,
             peak_kv_bytes=0 if cache is None else cache.peak_bytes,
             kv_bytes_full=full_cache_bytes(self.llm.backbone, len(request.prompt) + len(request.tokens)),
             prefill_seconds=request._prefill_seconds, decode_seconds=request._decode_seconds,
@@ -537,10 +558,3 @@ def _needed(costs: list[Footprint]) -> int:
 def _arithmetic(cost: Footprint) -> str:
     return (f"slabs {cost.slabs:,} B + rotation tables {cost.rope:,} B + workspace {cost.workspace:,} B + scratch "
             f"{cost.scratch:,} B = {_needed([cost]):,} B")  # fmt: skip
-
-
-def _free_bytes(device: torch.device) -> int | None:
-    if device.type != "cuda":
-        return None
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for whoever asks next
-    return int((torch.cuda.mem_get_info(device)[0] + kept) * 0.9)

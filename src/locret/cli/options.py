@@ -67,7 +67,7 @@ class ModelOptions:
         int | None,
         Option(
             "--chunk-size",
-            help="Prompt tokens per prefill step (default: the budget, within 256 to 3072).",
+            help="Prompt tokens per prefill step (default: the budget, within 256 to 3072; less on a full GPU).",
             rich_help_panel=_CACHE,
         ),
     ] = None

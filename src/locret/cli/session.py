@@ -49,6 +49,7 @@ class Opened:
             "prompt_tokens": context.seen,
             "method": context.llm.method.name,
             "budget": context.plan.budget,
+            "chunk_size": context.plan.chunk_size,
             "held": context.held,
             "kv_bytes": context.kv_bytes,
             "peak_kv_bytes": context.peak_kv_bytes,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from locret.backbone import Backbone
-from locret.config import CacheConfig
+from locret.config import LARGEST_CHUNK, CacheConfig
 from locret.data import Sample
 from locret.heads import HeadInput
 from locret.methods.base import ChunkView
@@ -63,4 +63,7 @@ def cache_config(config: TrainConfig) -> CacheConfig:
 def read_evicting(backbone: Backbone, learner: Learner, config: CacheConfig, sample: Sample) -> None:
     """Prefill the sample's prompt as inference would."""
     ids = torch.tensor([sample.prompt_ids], device=backbone.device)
-    Reader.start(backbone, learner, config, batch=1, prompt_len=ids.shape[1], new_tokens=0).read(ids)
+    Reader.start(
+        backbone, learner, config, batch=1, prompt_len=ids.shape[1], new_tokens=0,
+        most_chunk=LARGEST_CHUNK,  # whatever is free: a run that goes on after a kill gives the same heads
+    ).read(ids)  # fmt: skip

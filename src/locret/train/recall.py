@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 
 from locret.backbone import Backbone
-from locret.config import CacheConfig
+from locret.config import LARGEST_CHUNK, CacheConfig
 from locret.data import Sample
 from locret.errors import ConfigError
 from locret.heads import RetainingHeads
@@ -60,7 +60,8 @@ def answered_share(backbone: Backbone, heads: RetainingHeads, sample: Sample, bu
     answer = torch.tensor([sample.answer_ids[:MAX_TOKENS]], device=backbone.device)
     config = CacheConfig(budget=as_budget(budget))
     reader = Reader.start(
-        backbone, Locret(heads), config, batch=1, prompt_len=ids.shape[1], new_tokens=answer.shape[1]
+        backbone, Locret(heads), config, batch=1, prompt_len=ids.shape[1], new_tokens=answer.shape[1],
+        most_chunk=LARGEST_CHUNK,  # whatever is free: numbers of one run are compared
     )  # fmt: skip
     logits = [reader.read(ids)[:, None]]  # [1, 1, V]
     if answer.shape[1] > 1:
