@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="folder with natural text (.jsonl, .jsonl.xz, .txt)")
     parser.add_argument("--cache", type=Path, default=Path("runs/tokens"), help="where tokenised text is kept")
     parser.add_argument("--model", type=Path, default=EMBEDDED)
-    parser.add_argument("--heads", type=Path, default=EMBEDDED / "heads")
+    parser.add_argument("--heads", type=Path, help="default: the folder heads of the model")
     parser.add_argument("--suites", nargs="+", default=["full", "wording", "shapes", "budget", "dense", "long"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--tasks", nargs="+", default=[*SPARSE, *DENSE])
@@ -182,7 +182,7 @@ def main() -> None:
         n = args.samples if cell.method in ("full", "locret") else args.baseline_samples
         n = min(n, args.long_samples) if cell.suite == "long" else n
         prompts = samples.get(cell, n)
-        row = run_cell(cell, backbone, args.heads, prompts, max(1, args.batch_tokens // cell.length))
+        row = run_cell(cell, backbone, args.heads or args.model / "heads", prompts, max(1, args.batch_tokens // cell.length))
         done[cell.key] = {"key": cell.key, **row}
         print(f"{cell.key:60} {row['score']:.3f} {row['interval_95']} {row['seconds']:6.1f} s", flush=True)
         write_text(args.output, json.dumps({"provenance": provenance(), "cells": list(done.values())}, indent=1) + "\n")

@@ -34,10 +34,10 @@ from locret.tasks import families as f
 from locret.tasks import wordings as w
 from locret.tasks.build import FAMILIES, Plan, compose, make_facts
 from locret.tasks.encode import encoder_of
-from locret.tasks.filler import is_heldout
+from locret.tasks.filler import Renamed, is_heldout
 from locret.tasks.grammar import WORDINGS, Pool, Rendered, fill, flatten, parse
 from locret.tasks.relations import LABELLED, RELATIONS
-from locret.tasks.words import VALUES, sections, towns, words
+from locret.tasks.words import VALUES, reserved, sections, towns, words
 
 EMBEDDED = Path(locret.__file__).parent / "models" / "embedded"
 ASKED = [name for name, info in TASKS.items() if not info.training_only]
@@ -592,3 +592,20 @@ def test_garbling_never_uses_a_word_that_could_be_a_value():
     values = {word for section in sections() for word in words(section, "any")}
     assert len(f.frame_words()) > 200
     assert not set(f.frame_words()) & {word for word in values if word in set(words("nouns", "any"))}
+
+
+def test_a_renamed_text_swaps_words_alike_throughout_and_spares_those_kept_for_evaluation(tokenizer):
+    prose_text = ProseFiller.from_seed(0, tokenizer, 400)
+    renamed = Renamed(prose_text, tokenizer, random.Random(1))
+    before, breaks = prose_text.take(random.Random(2), 3000)
+    after, same_breaks = renamed.take(random.Random(2), 3000)
+    assert (breaks == same_breaks).all()
+    assert 0 < (before != after).mean() < 0.5
+    assert len(set(zip(before.tolist(), after.tolist(), strict=True))) == len(set(before.tolist()))
+    assert sorted(renamed.ids) == list(range(len(tokenizer))), "a renaming loses no word"
+    kept = {word.lower() for word in reserved()}
+    moved = [tokenizer.decode([i]) for i in np.flatnonzero(renamed.ids != np.arange(len(renamed.ids)))]
+    assert moved
+    assert not [text for text in moved if text.strip().lower() in kept]
+    again = Renamed(prose_text, tokenizer, random.Random(1))
+    assert (again.ids == renamed.ids).all()
