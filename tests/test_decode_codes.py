@@ -33,13 +33,9 @@ def lanes(change, *words):
 
 
 OPERATIONS = {
-    "shr.u32": lambda a, n: a >> n,
-    "mul.lo.u32": lambda a, b: a * b & 0xFFFFFFFF,
+    "and.b32": lambda a, b: a & b,
     "prmt.b32": lambda a, b, order: sum(
         ((a | b << 32) >> 8 * (order >> 4 * i & 15) & 255) << 8 * i for i in range(4)
-    ),
-    "lop3.b32": lambda a, b, c, table: sum(
-        (table >> ((a >> i & 1) << 2 | (b >> i & 1) << 1 | c >> i & 1) & 1) << i for i in range(32)
     ),
     "fma.rn.bf16x2": lambda a, b, c: lanes(lambda x, y, z: x * y + z, a, b, c),
     "neg.bf16x2": lambda a: a ^ 0x80008000,
@@ -47,45 +43,50 @@ OPERATIONS = {
 
 
 def run(program, inputs):
-    """The eight outputs of a program, bits, for 32-bit inputs $8, $9, ..."""
-    held = {f"${8 + i}": word for i, word in enumerate(inputs)}
+    """Bits that a program leaves in its operands, which hold `inputs` before: {"$8": bits, ...}."""
+    held = dict(inputs)
 
     def read(name):
         return held[name] if name in held else int(name, 0)
 
-    for line in program.split(";"):
-        match = re.fullmatch(r"\s*([a-z0-9.]+) ([{}$\w, ]+)", line)
-        if match is None or match[1] == ".reg":
+    for line in program.removeprefix("{").removesuffix("; }").split(";"):
+        operation, operands = line.strip().split(" ", 1)
+        if operation == ".reg":
             continue
-        operation, operands = match[1], match[2]
-        if operation == "mov.b32" and "{" in operands:
-            low, high, source = re.fullmatch(r"{(\$\d), (\$\d)}, (\w+)", operands).groups()
-            held[low], held[high] = read(source) & 0xFFFF, read(source) >> 16
+        if packed := re.fullmatch(r"(\w+), {(\$\d), (\$\d)}", operands):
+            held[packed[1]] = read(packed[2]) | read(packed[3]) << 16
+        elif parted := re.fullmatch(r"{(\$\d), (\$\d)}, (\w+)", operands):
+            held[parted[1]], held[parted[2]] = read(parted[3]) & 0xFFFF, read(parted[3]) >> 16
         else:
             target, *sources = operands.split(", ")
             numbers = [read(x) for x in sources]
             held[target] = numbers[0] if operation == "mov.b32" else OPERATIONS[operation](*numbers)
-    return [held[f"${i}"] for i in range(8)]
+    return held
 
 
 def wrong_numbers():
     """What the programs give otherwise than torch in bfloat16, for all codes."""
-    from locret.kernels.decode_codes_triton import PROGRAMS
+    from locret.kernels.decode_codes_triton import GROW, PROGRAMS, SCALE, SCALE_16, ZERO
 
     g = torch.Generator().manual_seed(0)
     found = []
     for (bits, rotated), program in PROGRAMS.items():
-        for _ in range(24 if bits == 4 else 96):
+        for i in range(24 if bits == 4 else 96):
             codes = torch.randint(0, 2**bits, (8,), generator=g).tolist()
             if bits == 4:
                 words = [sum((codes[i] | codes[i + 4] << 4) << 8 * i for i in range(4))] * 2
             else:
                 words = [sum(codes[i + 4 * half] << 8 * i for i in range(4)) for half in (0, 1)]
-            levels = torch.randn(4, generator=g).bfloat16()
+            levels = (torch.randn(4, generator=g) * 2.0 ** (4 * i % 64 - 32)).bfloat16()  # scale, zero, of both halves
+            levels[0] *= i != 5  # a group of equal numbers has no scale
             angles = torch.rand(4, generator=g) * 6
             tables = torch.cat((angles.cos(), angles.sin())).bfloat16()
             pairs = [bf16(float(tables[i])) | bf16(float(tables[i + 1])) << 16 for i in (0, 2, 4, 6)]
-            got = run(program, [*words, *(bf16(float(x)) * 65537 for x in levels), *(pairs if rotated else [])])
+            lifts = (SCALE, ZERO, SCALE_16 if bits == 4 else SCALE, ZERO)
+            lifted = [run(x.value, {"$1": bf16(float(y))})["$0"] for x, y in zip(lifts, levels, strict=True)]
+            words += [*lifted, *(pairs if rotated else [])]
+            held = run(program, {f"${8 + i}": word for i, word in enumerate(words)})
+            got = [value(held[f"${i}"]) * GROW.value for i in range(8)]
             level, code, table = levels.double(), torch.tensor(codes).double(), tables.double()
 
             def near(x):
@@ -96,7 +97,7 @@ def wrong_numbers():
                 cos, sin = table[:4], table[4:]
                 a, b = near(near(a * cos) - b * sin), near(b * cos + near(a * sin))
             want = torch.cat((a, b)).tolist()
-            found += [(bits, rotated, x, value(y)) for x, y in zip(want, got, strict=True) if x != value(y)]
+            found += [(bits, rotated, x, y) for x, y in zip(want, got, strict=True) if x != y]
     return found
 
 

@@ -3,8 +3,11 @@
 Meaning and shapes: decode_attention.py. As `_split` does, a program takes a row, a KV head and a stretch of slots, and
 `_merge` puts the stretches together. What differs is how codes become numbers, which costs more than reading them:
 
-    words     Codes are loaded 4 bytes at a time. (word & 0x000F000F) | 0x43004300 is 128 + code, twice, in bfloat16:
-              two codes in one instruction. Two more make numbers of them: - 128, which is exact, and * scale + zero.
+    words     Codes are loaded 4 bytes at a time. 16 bits that are an integer n below 256 are n * 2**-133 in bfloat16, and
+              exactly that (subnormal numbers, and the first step of the others). So bytes that a permutation parts, or
+              their halves behind a mask, are numbers already, two in a register, and one instruction decodes them:
+              * scale + zero, where the scale has 2**133 in it. For that to be a number, everything is held at 2**-64
+              of its value (`SHRINK`), which what follows the products takes back: powers of two, so nothing is lost.
     pairs     A word has both channels of RoPE's pairs (8 bits: two words), so they turn where they are, two at once.
     angles    R(q) . R(k) depends on the difference of the positions only. Queries are rotated once, by their distance
               from the stretch's first slot, and keys by theirs: a few hundred angles, which the L1 cache holds, where
@@ -39,52 +42,49 @@ REGISTERS = 168  # of a thread, at most: three programs of 4 warps on a multipro
 LONGEST_STRETCH = 1024  # slots whose angles stay near
 
 
+SHRINK = tl.constexpr(2.0**-64)  # of decoded numbers; scales may be up to 2**58
+GROW = tl.constexpr(2.0**64)
+
+
 # ---------------------------------------------------------------------- codes to numbers, in PTX
-
-
-def _four_bits(word: str, out: list[str]) -> list[str]:
-    """128 + code, exact, less 128: channels 0 1 and 2 3 of both halves from one word."""
-    lines = [f"prmt.b32 y, {word}, 0, 0x3120;"]
-    for name, shift in zip(out, (0, 8, 4, 12), strict=True):
-        source = "y" if not shift else "t"
-        lines += [f"shr.u32 t, y, {shift};"] if shift else []
-        lines += [f"lop3.b32 {name}, {source}, 0x000F000F, magic, 0xEA;", f"fma.rn.bf16x2 {name}, {name}, one, less;"]
-    return lines
-
-
-def _eight_bits(word: str, out: list[str]) -> list[str]:
-    """128 + the lower seven bits, less 128 unless the eighth is set: channels 0 1 and 2 3 from a word."""
-    lines = [f"prmt.b32 y, {word}, 0, 0x3120;"]
-    for name, shift in zip(out, (0, 8), strict=True):
-        source = "y" if not shift else "t"
-        lines += [f"shr.u32 t, y, {shift};"] if shift else []
-        lines += [
-            f"lop3.b32 u, {source}, 0x00800080, 0, 0x0C;", "mul.lo.u32 u, u, 0x186;",
-            f"lop3.b32 {name}, {source}, 0x007F007F, magic, 0xEA;", f"fma.rn.bf16x2 {name}, {name}, one, u;",
-        ]  # fmt: skip
-    return lines
 
 
 def _program(bits: int, *, rotated: bool) -> str:
     """Four channels of either half, $0 .. $7, in the order of `_decoded`'s arguments from $8 on."""
-    lines = ["mov.b32 magic, 0x43004300;", "mov.b32 one, 0x3F803F80;", "mov.b32 less, 0xC300C300;",
-             "mov.b32 none, 0x80008000;"]  # fmt: skip
-    a, b = ["a0", "a1"], ["b0", "b1"]
-    lines += _four_bits("$8", a + b) if bits == 4 else [*_eight_bits("$8", a), *_eight_bits("$9", b)]
-    lines += [f"fma.rn.bf16x2 {x}, {x}, $10, $11;" for x in a]
-    lines += [f"fma.rn.bf16x2 {x}, {x}, $12, $13;" for x in b]
+    names = ("a0", "a1", "b0", "b1")
+    lines = ["mov.b32 none, 0x80008000;"]
+    if bits == 4:  # channels 0 1 and 2 3 of both halves from one word: the second half's codes stay 16 times as large
+        lines += ["prmt.b32 t, $8, 0, 0x4140;", "prmt.b32 u, $8, 0, 0x4342;"]
+        masks = ("0x000F000F", "0x000F000F", "0x00F000F0", "0x00F000F0")
+        lines += [f"and.b32 {x}, {y}, {mask};" for x, y, mask in zip(names, "tutu", masks, strict=True)]
+    else:
+        sources = ("$8, 0, 0x4140", "$8, 0, 0x4342", "$9, 0, 0x4140", "$9, 0, 0x4342")
+        lines += [f"prmt.b32 {x}, {source};" for x, source in zip(names, sources, strict=True)]
+    levels = ("$10, $11", "$10, $11", "$12, $13", "$12, $13")
+    lines += [f"fma.rn.bf16x2 {x}, {x}, {level};" for x, level in zip(names, levels, strict=True)]
     for i in range(2 if rotated else 0):
         cos, sin = f"${14 + i}", f"${16 + i}"
         lines += [
             f"fma.rn.bf16x2 t, a{i}, {cos}, none;", f"fma.rn.bf16x2 u, a{i}, {sin}, none;", f"neg.bf16x2 y, b{i};",
             f"fma.rn.bf16x2 a{i}, y, {sin}, t;", f"fma.rn.bf16x2 b{i}, b{i}, {cos}, u;",
         ]  # fmt: skip
-    lines += [f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, {x};" for i, x in enumerate(a + b)]
-    return "{ .reg .b32 y, t, u, magic, one, less, none, a0, a1, b0, b1; " + " ".join(lines) + " }"
+    lines += [f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, {x};" for i, x in enumerate(names)]
+    return "{ .reg .b32 y, t, u, none, a0, a1, b0, b1; " + " ".join(lines) + " }"
+
+
+def _twice_times(exponent: int) -> str:
+    """A 16-bit number times 2**exponent, in both halves of 32 bits."""
+    factor = (exponent + 127) << 7
+    lines = [f"mov.b32 factor, 0x{factor * 65537:08X};", "mov.b32 none, 0x80008000;", "mov.b32 x, {$1, $1};",
+             "fma.rn.bf16x2 $0, x, factor, none;"]  # fmt: skip
+    return "{ .reg .b32 factor, none, x; " + " ".join(lines) + " }"
 
 
 PROGRAMS = {(bits, rotated): _program(bits, rotated=rotated) for bits in (4, 8) for rotated in (False, True)}
 FORM = tl.constexpr(",".join(["=h"] * 8 + ["r"] * 10))
+ZERO = tl.constexpr(_twice_times(-64))
+SCALE = tl.constexpr(_twice_times(133 - 64))
+SCALE_16 = tl.constexpr(_twice_times(133 - 64 - 4))  # of codes that stay 16 times as large
 
 
 @triton.jit
@@ -102,9 +102,9 @@ def _rounded(x):
 
 @triton.jit
 def _number(word, scale, zero, SHIFT: tl.constexpr, BITS: tl.constexpr):
-    """A code as a number that bfloat16 has, in fp32."""
+    """A code as a number that bfloat16 has, times `SHRINK`, in fp32."""
     code = ((word >> SHIFT) & (2**BITS - 1)).to(tl.float32)
-    return _rounded(code * _half(scale, False) + _half(zero, False))
+    return _rounded(code * _half(scale, False) + _half(zero, False)) * SHRINK
 
 
 @triton.jit
@@ -115,11 +115,11 @@ def _turned(a, b, cos, sin, SECOND: tl.constexpr):
 
 @triton.jit
 def _twice(x, C: tl.constexpr, PROGRAM: tl.constexpr):
-    """16-bit numbers [N C] in both halves of an int32, [N, C, 1]."""
+    """16-bit numbers [N C] in both halves of an int32, [N, C, 1]; by PTX also times a power of two."""
     if PROGRAM is None:
         twice = (x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) * 65537
     else:
-        twice = tl.inline_asm_elementwise("mov.b32 $0, {$1, $1};", "=r,h", [x], tl.int32, is_pure=True, pack=1)
+        twice = tl.inline_asm_elementwise(PROGRAM, "=r,h", [x], tl.int32, is_pure=True, pack=1)
     return tl.reshape(twice, (x.shape[0] // C, C, 1))
 
 
@@ -132,13 +132,13 @@ def _join(a, b, c, d):
 @triton.jit
 def _decoded(one, two, s1, z1, s2, z2, c01, c23, s01, s23, C: tl.constexpr, BITS: tl.constexpr,
              ROTATED: tl.constexpr, PROGRAM: tl.constexpr):  # fmt: skip
-    """Words [N, C, E] as bfloat16 numbers of both halves, [N, C, E, 2, 2] each.
+    """Words [N, C, E] as bfloat16 numbers of both halves times `SHRINK`, [N, C, E, 2, 2] each.
 
     one, two: words of the halves, the same at 4 bits. s1, z1, s2, z2: their scales and zeros, [N C].
     c01 .. s23: cosines and sines, two in an int32, read if ROTATED. PROGRAM: PTX; None: what it does, in Triton.
     """
-    s1, z1, s2, z2 = _twice(s1, C, PROGRAM), _twice(z1, C, PROGRAM), _twice(s2, C, PROGRAM), _twice(z2, C, PROGRAM)
     if PROGRAM is None:
+        s1, z1, s2, z2 = _twice(s1, C, None), _twice(z1, C, None), _twice(s2, C, None), _twice(z2, C, None)
         UP: tl.constexpr = 4 if BITS == 4 else 0
         a, b = _number(one, s1, z1, 0, BITS), _number(one, s1, z1, 8, BITS)
         c, d = _number(one, s1, z1, 16, BITS), _number(one, s1, z1, 24, BITS)
@@ -150,6 +150,8 @@ def _decoded(one, two, s1, z1, s2, z2, c01, c23, s01, s23, C: tl.constexpr, BITS
             c, y = _turned(c, y, c23, s23, False)
             d, z = _turned(d, z, c23, s23, True)
     else:
+        s1, z1, z2 = _twice(s1, C, SCALE), _twice(z1, C, ZERO), _twice(z2, C, ZERO)
+        s2 = _twice(s2, C, SCALE_16 if BITS == 4 else SCALE)
         a, b, c, d, w, x, y, z = tl.inline_asm_elementwise(
             PROGRAM, FORM, [one, two, s1, z1, s2, z2, c01, c23, s01, s23],
             (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16,
@@ -297,9 +299,9 @@ def _split_codes(
         k_one, k_two = _words(k_ptr, next_slot, C, E, UNIT, BITS)
         k_s1, k_z1, k_s2, k_z2 = _levels(k_scale, k_zero, ks_t, next_own, C, E, GROUP)
         if CAPPED:
-            logits = (softcap * LOG2E) * (2 * tl.sigmoid(logits * (2 * scale / softcap)) - 1)  # tanh
+            logits = (softcap * LOG2E) * (2 * tl.sigmoid(logits * (2 * scale / softcap * GROW)) - 1)  # tanh
         else:
-            logits *= scale * LOG2E
+            logits *= scale * (LOG2E * GROW)
         at_slot = start + step
         if bias_ptr is not None:
             logits += LOG2E * tl.load(bias_ptr + at_slot, mask=at_slot < units, other=0.0).to(tl.float32)[None, :]
@@ -321,7 +323,7 @@ def _split_codes(
 
     whole = tl.sum(total, 1)
     place = (head * tl.num_programs(0) + tl.program_id(0)) * (G * T) + row
-    share = 1.0 / tl.where(whole > 0, whole, 1.0)
+    share = GROW / tl.where(whole > 0, whole, 1.0)
     lse = tl.where(whole > 0, most + tl.log2(tl.where(whole > 0, whole, 1.0)), float("-inf"))
     tl.store(lse_ptr + place, lse, mask=real)
     out = part_ptr + place[:, None] * (2 * HALF) + at[None, :]
