@@ -39,6 +39,8 @@ OPERATIONS = {
     ),
     "fma.rn.bf16x2": lambda a, b, c: lanes(lambda x, y, z: x * y + z, a, b, c),
     "neg.bf16x2": lambda a: a ^ 0x80008000,
+    # a product and a difference, not rounded in between, as ptxas makes them
+    "mul.bf16x2+sub.bf16x2": lambda a, b, c: lanes(lambda x, y, z: x * y - z, a, b, c),
 }  # fmt: skip
 
 
@@ -49,7 +51,8 @@ def run(program, inputs):
     def read(name):
         return held[name] if name in held else int(name, 0)
 
-    for line in program.removeprefix("{").removesuffix("; }").split(";"):
+    fused = re.sub(r"mul.bf16x2 (\w+), ([^;]+); sub.bf16x2 \1, \1, ", r"mul.bf16x2+sub.bf16x2 \1, \2, ", program)
+    for line in fused.removeprefix("{").removesuffix("; }").split(";"):
         operation, operands = line.strip().split(" ", 1)
         if operation == ".reg":
             continue
@@ -70,7 +73,7 @@ def wrong_numbers():
 
     g = torch.Generator().manual_seed(0)
     found = []
-    for (bits, rotated), program in PROGRAMS.items():
+    for (bits, rotated, subtracts), program in PROGRAMS.items():
         for i in range(24 if bits == 4 else 96):
             codes = torch.randint(0, 2**bits, (8,), generator=g).tolist()
             if bits == 4:
@@ -95,9 +98,9 @@ def wrong_numbers():
             a, b = near(code[:4] * level[0] + level[1]), near(code[4:] * level[2] + level[3])
             if rotated:
                 cos, sin = table[:4], table[4:]
-                a, b = near(near(a * cos) - b * sin), near(b * cos + near(a * sin))
+                a, b = near(a * cos - near(b * sin)), near(b * cos + near(a * sin))
             want = torch.cat((a, b)).tolist()
-            found += [(bits, rotated, x, y) for x, y in zip(want, got, strict=True) if x != y]
+            found += [(bits, rotated, subtracts, x, y) for x, y in zip(want, got, strict=True) if x != y]
     return found
 
 
@@ -122,7 +125,7 @@ def build(bits, dim, rotated, capability, spans, tables=False):
     names = _split_codes.arg_names
     numbers = ["slots", "heads", *(n for n in names if re.fullmatch("[a-z]+_[bht]", n))]
     types |= dict.fromkeys(numbers, "i32") | dict(scale="fp32", softcap="fp32")
-    fixed = constants(dim, 4, 1, 64, k, rotated=rotated) | dict(CAPPED=spans)
+    fixed = constants(dim, 4, 1, 64, k, rotated=rotated, subtracts=capability >= 90) | dict(CAPPED=spans)
     source = ASTSource(
         fn=_split_codes, signature={n: types.get(n, "constexpr") for n in names},
         constexprs={n: None for n in names if n not in types} | fixed,

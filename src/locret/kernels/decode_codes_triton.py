@@ -15,8 +15,8 @@ Meaning and shapes: decode_attention.py. As `_split` does, a program takes a row
     channels  The order of channels in a dot product is free. It is the one in which threads load words, so keys go from
               registers to tensor cores without a detour through shared memory.
 
-Rounding: numbers are rounded to bfloat16 after decoding, as `Codes.decode` does, and rotated as a product and a fused
-multiply-add, each rounded, as models do that rotate in bfloat16.
+Rounding: numbers are rounded to bfloat16 after decoding, as `Codes.decode` does, and rotated as a product with the sine
+and a fused multiply-add, each rounded, as models do that rotate in bfloat16.
 
 Shapes: N slots at a time, M padded rows, C lanes of a unit, each with E words of a half of the channels.
 """
@@ -26,6 +26,7 @@ Shapes: N slots at a time, M padded rows, C lanes of a unit, each with E words o
 
 from __future__ import annotations
 
+import functools
 import os
 
 import torch
@@ -49,8 +50,11 @@ GROW = tl.constexpr(2.0**64)
 # ---------------------------------------------------------------------- codes to numbers, in PTX
 
 
-def _program(bits: int, *, rotated: bool) -> str:
-    """Four channels of either half, $0 .. $7, in the order of `_decoded`'s arguments from $8 on."""
+def _program(bits: int, *, rotated: bool, subtracts: bool) -> str:
+    """Four channels of either half, $0 .. $7, in the order of `_decoded`'s arguments from $8 on.
+
+    subtracts: for compute capability 9.0 and later, where a product and a difference become one instruction.
+    """
     names = ("a0", "a1", "b0", "b1")
     lines = ["mov.b32 none, 0x80008000;"]
     if bits == 4:  # channels 0 1 and 2 3 of both halves from one word: the second half's codes stay 16 times as large
@@ -64,12 +68,14 @@ def _program(bits: int, *, rotated: bool) -> str:
     lines += [f"fma.rn.bf16x2 {x}, {x}, {level};" for x, level in zip(names, levels, strict=True)]
     for i in range(2 if rotated else 0):
         cos, sin = f"${14 + i}", f"${16 + i}"
-        lines += [
-            f"fma.rn.bf16x2 t, a{i}, {cos}, none;", f"fma.rn.bf16x2 u, a{i}, {sin}, none;", f"neg.bf16x2 y, b{i};",
-            f"fma.rn.bf16x2 a{i}, y, {sin}, t;", f"fma.rn.bf16x2 b{i}, b{i}, {cos}, u;",
-        ]  # fmt: skip
+        lines += [f"fma.rn.bf16x2 u, a{i}, {sin}, none;", f"fma.rn.bf16x2 t, b{i}, {sin}, none;"]
+        if subtracts:  # not .rn: the assembler may fuse them, and does
+            lines += [f"mul.bf16x2 a{i}, a{i}, {cos};", f"sub.bf16x2 a{i}, a{i}, t;"]
+        else:
+            lines += ["neg.bf16x2 t, t;", f"fma.rn.bf16x2 a{i}, a{i}, {cos}, t;"]
+        lines += [f"fma.rn.bf16x2 b{i}, b{i}, {cos}, u;"]
     lines += [f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, {x};" for i, x in enumerate(names)]
-    return "{ .reg .b32 y, t, u, none, a0, a1, b0, b1; " + " ".join(lines) + " }"
+    return "{ .reg .b32 t, u, none, a0, a1, b0, b1; " + " ".join(lines) + " }"
 
 
 def _twice_times(exponent: int) -> str:
@@ -80,7 +86,10 @@ def _twice_times(exponent: int) -> str:
     return "{ .reg .b32 factor, none, x; " + " ".join(lines) + " }"
 
 
-PROGRAMS = {(bits, rotated): _program(bits, rotated=rotated) for bits in (4, 8) for rotated in (False, True)}
+PROGRAMS = {
+    (bits, rotated, subtracts): _program(bits, rotated=rotated, subtracts=subtracts)
+    for bits in (4, 8) for rotated in (False, True) for subtracts in (False, True)
+}  # fmt: skip
 FORM = tl.constexpr(",".join(["=h"] * 8 + ["r"] * 10))
 ZERO = tl.constexpr(_twice_times(-64))
 SCALE = tl.constexpr(_twice_times(133 - 64))
@@ -110,7 +119,7 @@ def _number(word, scale, zero, SHIFT: tl.constexpr, BITS: tl.constexpr):
 @triton.jit
 def _turned(a, b, cos, sin, SECOND: tl.constexpr):
     c, s = _half(cos, SECOND), _half(sin, SECOND)
-    return _rounded(_rounded(a * c) - b * s), _rounded(b * c + _rounded(a * s))
+    return _rounded(a * c - _rounded(b * s)), _rounded(b * c + _rounded(a * s))
 
 
 @triton.jit
@@ -378,12 +387,17 @@ def per_multiprocessor(warps: int, registers: int) -> int:
     return max(1, 65_536 // (32 * warps * registers))
 
 
+@functools.cache
+def _subtracts(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def constants(
-    dim: int, groups: int, t: int, block: int, k: Codes, *, rotated: bool
+    dim: int, groups: int, t: int, block: int, k: Codes, *, rotated: bool, subtracts: bool
 ) -> dict[str, int | bool | str | None]:
-    """What `_split_codes` is compiled for. block: slots at once."""
+    """What `_split_codes` is compiled for. block: slots at once. subtracts: the device's capability is 9.0 or more."""
     lanes, words = _lanes_of(dim)
-    programs = dict(K_PROGRAM=PROGRAMS[k.bits, rotated], V_PROGRAM=PROGRAMS[k.bits, False])
+    programs = dict(K_PROGRAM=PROGRAMS[k.bits, rotated, subtracts], V_PROGRAM=PROGRAMS[k.bits, False, False])
     return dict(
         T=t, G=groups, M=max(16, triton.next_power_of_2(groups * t)), N=block, C=lanes, E=words, BITS=k.bits,
         GROUP=dim // k.scale.shape[3], UPCAST=INTERPRETED, **(dict.fromkeys(programs) if INTERPRETED else programs),
@@ -405,11 +419,13 @@ def split_codes(
     tables = [None] * 4 if angles is None else [
         angles.cos, angles.sin, angles.cos.view(torch.int32), angles.sin.view(torch.int32)]  # fmt: skip
     words = [x.codes.view(torch.int32) for x in (k, v)]
+    fixed = constants(
+        dim, num_q // heads, t, block, k, rotated=angles is not None, subtracts=_subtracts(q.device)
+    )  # fmt: skip
     _split_codes[(part.shape[1], batch * heads)](
         q, *words, k.scale, k.zero, v.scale, v.zero, k.table, v.table, *tables, first, stop, bias, part, lse,
         slots, heads, scale, softcap or 0.0,
         *q.stride()[:3], *words[0].stride()[:2], *words[1].stride()[:2], *k.scale.stride()[:3], *v.scale.stride()[:3],
         *((0, 0) if bias is None else bias.stride()[:2]), 0 if angles is None else angles.cos.stride(0) // 2,
-        CAPPED=softcap is not None, **constants(dim, num_q // heads, t, block, k, rotated=angles is not None),
-        num_warps=warps, num_stages=1, maxnreg=registers,
+        CAPPED=softcap is not None, **fixed, num_warps=warps, num_stages=1, maxnreg=registers,
     )  # fmt: skip
