@@ -189,10 +189,10 @@ def _lanes(x, C: tl.constexpr, E: tl.constexpr):
 @triton.jit
 def _levels(scale_ptr, zero_ptr, step, slot, C: tl.constexpr, E: tl.constexpr, GROUP: tl.constexpr):
     """Scale and zero of a lane's channels in the first half, then in the second, [N C] each. slot: [N C]."""
-    channel = tl.arange(0, slot.shape[0]) % C * (4 * E)
-    one = slot * step + channel // GROUP
-    two = slot * step + (channel + 4 * C * E) // GROUP
-    return tl.load(scale_ptr + one), tl.load(zero_ptr + one), tl.load(scale_ptr + two), tl.load(zero_ptr + two)
+    group = slot * step + tl.arange(0, slot.shape[0]) % C * (4 * E) // GROUP
+    scales, zeros = scale_ptr + group, zero_ptr + group
+    HALF: tl.constexpr = 4 * C * E // GROUP
+    return tl.load(scales), tl.load(zeros), tl.load(scales + HALF), tl.load(zeros + HALF)
 
 
 @triton.jit
