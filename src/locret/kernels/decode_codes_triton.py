@@ -270,14 +270,15 @@ def _split_codes(
     q_row = q_ptr + i * q_b + (h * G + g) * q_h + t * q_t
     q_one = tl.load(q_row[:, None] + channel[None, :], mask=real[:, None], other=0.0)
     q_two = tl.load(q_row[:, None] + channel[None, :] + HALF, mask=real[:, None], other=0.0)
+    q_one, q_two = q_one.to(tl.float32), q_two.to(tl.float32)
+    factor = 2 * scale / softcap if CAPPED else scale * LOG2E  # queries that are rounded anyway take it in
     if ROTATED:
         ahead = tl.maximum(stop - T + t - low, 0)  # a query whose own unit lies before this stretch sees nothing of it
         place = ahead[:, None] * (2 * table_t) + channel[None, :]
         cos = tl.load(cos_ptr + place, mask=real[:, None], other=0.0).to(tl.float32)
         sin = tl.load(sin_ptr + place, mask=real[:, None], other=0.0).to(tl.float32)
-        a, b = q_one.to(tl.float32), q_two.to(tl.float32)
-        q_one, q_two = a * cos - b * sin, b * cos + a * sin
-    q_one, q_two = q_one.to(dot_type), q_two.to(dot_type)
+        q_one, q_two = factor * (q_one * cos - q_two * sin), factor * (q_two * cos + q_one * sin)
+    q_one, q_two = (q_one * GROW).to(dot_type), (q_two * GROW).to(dot_type)
 
     visible = tl.minimum(units, stop - (T - 1 - t) - low).to(tl.int32)
     most = tl.full((M,), float("-inf"), tl.float32)
@@ -307,10 +308,10 @@ def _split_codes(
         next_slot, next_own = tl.minimum(start + N + step, last), tl.minimum(start + N + lane_step, last)
         k_one, k_two = _words(k_ptr, next_slot, C, E, UNIT, BITS)
         k_s1, k_z1, k_s2, k_z2 = _levels(k_scale, k_zero, ks_t, next_own, C, E, GROUP)
+        if not ROTATED:
+            logits *= factor
         if CAPPED:
-            logits = (softcap * LOG2E) * (2 * tl.sigmoid(logits * (2 * scale / softcap * GROW)) - 1)  # tanh
-        else:
-            logits *= scale * (LOG2E * GROW)
+            logits = (softcap * LOG2E) * (2 * tl.sigmoid(logits) - 1)  # tanh
         at_slot = start + step
         if bias_ptr is not None:
             logits += LOG2E * tl.load(bias_ptr + at_slot, mask=at_slot < units, other=0.0).to(tl.float32)[None, :]
