@@ -3,17 +3,20 @@
 Meaning and shapes: decode_attention.py. As `_split` does, a program takes a row, a KV head and a stretch of slots, and
 `_merge` puts the stretches together. What differs is how codes become numbers, which costs more than reading them:
 
-    words     Codes are loaded 4 bytes at a time. 16 bits that are an integer n below 256 are n * 2**-133 in bfloat16, and
-              exactly that (subnormal numbers, and the first step of the others). So bytes that a permutation parts, or
-              their halves behind a mask, are numbers already, two in a register, and one instruction decodes them:
-              * scale + zero, where the scale has 2**133 in it. For that to be a number, everything is held at 2**-64
-              of its value (`SHRINK`), which what follows the products takes back: powers of two, so nothing is lost.
+    words     Codes are loaded 4 bytes at a time. 16 bits that are an integer n below 256 are n * 2**-133 in bfloat16,
+              exactly (subnormal numbers, and the smallest of the others, at the same distances). So bytes that a
+              permutation parts, or their halves behind a mask, are numbers already, two in a register, and one
+              instruction decodes them: * scale + zero, with 2**133 in the scale. So that this is a number, all are held
+              at 2**-64 of their value (`SHRINK`); queries and results take it back (powers of two).
     pairs     A word has both channels of RoPE's pairs (8 bits: two words), so they turn where they are, two at once.
     angles    R(q) . R(k) depends on the difference of the positions only. Queries are rotated once, by their distance
               from the stretch's first slot, and keys by theirs: a few hundred angles, which the L1 cache holds, where
               those of all positions would come from the L2 cache, more bytes than the codes, for every head.
     channels  The order of channels in a dot product is free. It is the one in which threads load words, so keys go from
               registers to tensor cores without a detour through shared memory.
+    columns   Tensor cores have tiles of 16 x 8. Up to 8 queries are their columns and slots the rows: the other way
+              round most models would pay for 12 rows of padding out of 16, in products and in the softmax. A warp's
+              rows are slots that it loaded (`_dealt`).
 
 Rounding: numbers are rounded to bfloat16 after decoding, as `Codes.decode` does, and rotated as a product with the sine
 and a fused multiply-add, each rounded, as models do that rotate in bfloat16.
@@ -43,7 +46,7 @@ REGISTERS = 168  # of a thread, at most: three programs of 4 warps on a multipro
 LONGEST_STRETCH = 1024  # slots whose angles stay near
 
 
-SHRINK = tl.constexpr(2.0**-64)  # of decoded numbers; scales may be up to 2**58
+SHRINK = tl.constexpr(2.0**-64)  # of decoded numbers: those below 2**-62 lose digits, scales may be up to 2**58
 GROW = tl.constexpr(2.0**64)
 
 
@@ -69,7 +72,7 @@ def _program(bits: int, *, rotated: bool, subtracts: bool) -> str:
     for i in range(2 if rotated else 0):
         cos, sin = f"${14 + i}", f"${16 + i}"
         lines += [f"fma.rn.bf16x2 u, a{i}, {sin}, none;", f"fma.rn.bf16x2 t, b{i}, {sin}, none;"]
-        if subtracts:  # not .rn: the assembler may fuse them, and does
+        if subtracts:  # not .rn: the assembler may fuse them, and does (`enable_fp_fusion`)
             lines += [f"mul.bf16x2 a{i}, a{i}, {cos};", f"sub.bf16x2 a{i}, a{i}, t;"]
         else:
             lines += ["neg.bf16x2 t, t;", f"fma.rn.bf16x2 a{i}, a{i}, {cos}, t;"]
@@ -220,14 +223,72 @@ def _wall(x, PROGRAM: tl.constexpr):
 
 
 @triton.jit
+def _of_queries(x, COLUMNS: tl.constexpr):
+    """One number a query, beside [queries, others]; COLUMNS: beside [others, queries]."""
+    if COLUMNS:
+        return x[None, :]
+    else:
+        return x[:, None]
+
+
+@triton.jit
+def _of_others(x, COLUMNS: tl.constexpr):
+    """One number a slot or channel, beside the same."""
+    if COLUMNS:
+        return x[:, None]
+    else:
+        return x[None, :]
+
+
+@triton.jit
+def _dot_keys(q, k, logits, COLUMNS: tl.constexpr):
+    """logits [queries, slots] or [slots, queries] + q . k. q: [queries, channels] or [channels, queries]."""
+    if COLUMNS:
+        return tl.dot(k.to(q.dtype), q, logits, input_precision="ieee")
+    else:
+        return tl.dot(q, tl.trans(k.to(q.dtype)), logits, input_precision="ieee")
+
+
+@triton.jit
+def _dot_values(weight, v, out, COLUMNS: tl.constexpr):
+    """out [queries, channels] or [channels, queries] + weight . v."""
+    if COLUMNS:
+        return tl.dot(tl.trans(v.to(weight.dtype)), weight, out, input_precision="ieee")
+    else:
+        return tl.dot(weight, v.to(weight.dtype), out, input_precision="ieee")
+
+
+@triton.jit
+def _dealt(x, DEALT: tl.constexpr):
+    """[N, X], slots in an order in which every 16 are of one warp, as tensor cores have rows: it loaded 8 at a time.
+
+    DEALT: to how many warps; 0: slots stay in order.
+    """
+    if DEALT:
+        ordered = tl.reshape(x, (x.shape[0] // (16 * DEALT), 2, DEALT, 8, x.shape[1]))
+        return tl.reshape(tl.permute(ordered, (0, 2, 1, 3, 4)), x.shape)
+    else:
+        return x
+
+
+@triton.jit
+def _dealt_slots(N: tl.constexpr, DEALT: tl.constexpr):
+    """Which slots `_dealt` has, [N]."""
+    at = tl.arange(0, N)
+    if DEALT:
+        at = at // (16 * DEALT) * (16 * DEALT) + at // 8 % 2 * (8 * DEALT) + at // 16 % DEALT * 8 + at % 8
+    return at
+
+
+@triton.jit
 def _split_codes(
     q_ptr, k_ptr, v_ptr, k_scale, k_zero, v_scale, v_zero, k_table, v_table, cos_ptr, sin_ptr, cos_words, sin_words,
     first_ptr, stop_ptr, bias_ptr, part_ptr, lse_ptr,
     slots, heads, scale, softcap,
     q_b, q_h, q_t, k_b, k_h, v_b, v_h, ks_b, ks_h, ks_t, vs_b, vs_h, vs_t, bias_b, bias_h, table_t,
     T: tl.constexpr, G: tl.constexpr, M: tl.constexpr, N: tl.constexpr, C: tl.constexpr, E: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
-    K_PROGRAM: tl.constexpr, V_PROGRAM: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr, COLUMNS: tl.constexpr,
+    DEALT: tl.constexpr, K_PROGRAM: tl.constexpr, V_PROGRAM: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = 4 * C * E
     UNIT: tl.constexpr = 2 * HALF * BITS // 32
@@ -268,23 +329,26 @@ def _split_codes(
     at = tl.arange(0, HALF)
     channel = at // 2 % C * (4 * E) + at // (4 * C) * 4 + at // (2 * C) % 2 * 2 + at % 2
     q_row = q_ptr + i * q_b + (h * G + g) * q_h + t * q_t
-    q_one = tl.load(q_row[:, None] + channel[None, :], mask=real[:, None], other=0.0)
-    q_two = tl.load(q_row[:, None] + channel[None, :] + HALF, mask=real[:, None], other=0.0)
+    q_at = _of_queries(q_row, COLUMNS) + _of_others(channel, COLUMNS)
+    shown = _of_queries(real, COLUMNS)
+    q_one, q_two = tl.load(q_at, mask=shown, other=0.0), tl.load(q_at + HALF, mask=shown, other=0.0)
     q_one, q_two = q_one.to(tl.float32), q_two.to(tl.float32)
     factor = 2 * scale / softcap if CAPPED else scale * LOG2E  # queries that are rounded anyway take it in
     if ROTATED:
         ahead = tl.maximum(stop - T + t - low, 0)  # a query whose own unit lies before this stretch sees nothing of it
-        place = ahead[:, None] * (2 * table_t) + channel[None, :]
-        cos = tl.load(cos_ptr + place, mask=real[:, None], other=0.0).to(tl.float32)
-        sin = tl.load(sin_ptr + place, mask=real[:, None], other=0.0).to(tl.float32)
+        place = _of_queries(ahead, COLUMNS) * (2 * table_t) + _of_others(channel, COLUMNS)
+        cos = tl.load(cos_ptr + place, mask=shown, other=0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + place, mask=shown, other=0.0).to(tl.float32)
         q_one, q_two = factor * (q_one * cos - q_two * sin), factor * (q_two * cos + q_one * sin)
     q_one, q_two = (q_one * GROW).to(dot_type), (q_two * GROW).to(dot_type)
 
     visible = tl.minimum(units, stop - (T - 1 - t) - low).to(tl.int32)
     most = tl.full((M,), float("-inf"), tl.float32)
-    total = tl.zeros((M, N), tl.float32)
-    out_one = tl.zeros((M, HALF), tl.float32)
-    out_two = tl.zeros((M, HALF), tl.float32)
+    total = tl.zeros((N, M) if COLUMNS else (M, N), tl.float32)
+    out_one = tl.zeros((HALF, M) if COLUMNS else (M, HALF), tl.float32)
+    out_two = tl.zeros((HALF, M) if COLUMNS else (M, HALF), tl.float32)
+    SLOTS: tl.constexpr = 0 if COLUMNS else 1  # their axis
+    dealt = _dealt_slots(N, DEALT)
     step, lane_step = tl.arange(0, N), tl.arange(0, N * C) // C
     own = tl.minimum(lane_step, last)
     slot = tl.minimum(step, last)  # of the first block; every block fetches the next one's
@@ -301,10 +365,10 @@ def _split_codes(
             c01, c23 = _spread(cos_near, cos_far, N, C, E)
             s01, s23 = _spread(sin_near, sin_far, N, C, E)
         one, two = _decoded(k_one, k_two, k_s1, k_z1, k_s2, k_z2, c01, c23, s01, s23, C, BITS, ROTATED, K_PROGRAM)
-        one = _wall(tl.reshape(tl.permute(one, (0, 2, 3, 1, 4)), (N, HALF)), K_PROGRAM)
-        two = _wall(tl.reshape(tl.permute(two, (0, 2, 3, 1, 4)), (N, HALF)), K_PROGRAM)
-        logits = tl.dot(q_one, tl.trans(one.to(dot_type)), input_precision="ieee")
-        logits = tl.dot(q_two, tl.trans(two.to(dot_type)), logits, input_precision="ieee")
+        one = _wall(_dealt(tl.reshape(tl.permute(one, (0, 2, 3, 1, 4)), (N, HALF)), DEALT), K_PROGRAM)
+        two = _wall(_dealt(tl.reshape(tl.permute(two, (0, 2, 3, 1, 4)), (N, HALF)), DEALT), K_PROGRAM)
+        logits = _dot_keys(q_one, one, None, COLUMNS)
+        logits = _dot_keys(q_two, two, logits, COLUMNS)
         next_slot, next_own = tl.minimum(start + N + step, last), tl.minimum(start + N + lane_step, last)
         k_one, k_two = _words(k_ptr, next_slot, C, E, UNIT, BITS)
         k_s1, k_z1, k_s2, k_z2 = _levels(k_scale, k_zero, ks_t, next_own, C, E, GROUP)
@@ -312,33 +376,35 @@ def _split_codes(
             logits *= factor
         if CAPPED:
             logits = (softcap * LOG2E) * (2 * tl.sigmoid(logits) - 1)  # tanh
-        at_slot = start + step
+        at_slot = start + dealt
         if bias_ptr is not None:
-            logits += LOG2E * tl.load(bias_ptr + at_slot, mask=at_slot < units, other=0.0).to(tl.float32)[None, :]
-        seen = at_slot[None, :] < visible[:, None]
+            bias = tl.load(bias_ptr + at_slot, mask=at_slot < units, other=0.0).to(tl.float32)
+            logits += _of_others(LOG2E * bias, COLUMNS)
+        seen = _of_others(at_slot, COLUMNS) < _of_queries(visible, COLUMNS)
         logits = tl.where(seen, logits, float("-inf"))
-        new_most = tl.maximum(most, tl.max(logits, 1))
+        new_most = tl.maximum(most, tl.max(logits, SLOTS))
         ground = tl.where(new_most == float("-inf"), 0.0, new_most)
-        weight = tl.exp2(logits - ground[:, None])
-        fade = tl.exp2(most - ground)
+        weight = tl.exp2(logits - _of_queries(ground, COLUMNS))
+        fade = _of_queries(tl.exp2(most - ground), COLUMNS)
         most = new_most
-        total = total * fade[:, None] + weight
+        total = total * fade + weight
         one, two = _decoded(v_one, v_two, v_s1, v_z1, v_s2, v_z2, v_one, v_one, v_one, v_one, C, BITS, False, V_PROGRAM)
-        one, two = _wall(tl.reshape(one, (N, HALF)), V_PROGRAM), _wall(tl.reshape(two, (N, HALF)), V_PROGRAM)
+        one = _wall(_dealt(tl.reshape(one, (N, HALF)), DEALT), V_PROGRAM)
+        two = _wall(_dealt(tl.reshape(two, (N, HALF)), DEALT), V_PROGRAM)
         weight = weight.to(dot_type)
-        out_one = tl.dot(weight, one.to(dot_type), out_one * fade[:, None], input_precision="ieee")
-        out_two = tl.dot(weight, two.to(dot_type), out_two * fade[:, None], input_precision="ieee")
+        out_one = _dot_values(weight, one, out_one * fade, COLUMNS)
+        out_two = _dot_values(weight, two, out_two * fade, COLUMNS)
         v_one, v_two = _words(v_ptr, next_slot, C, E, UNIT, BITS)
         v_s1, v_z1, v_s2, v_z2 = _levels(v_scale, v_zero, vs_t, next_own, C, E, GROUP)
 
-    whole = tl.sum(total, 1)
+    whole = tl.sum(total, SLOTS)
     place = (head * tl.num_programs(0) + tl.program_id(0)) * (G * T) + row
     share = GROW / tl.where(whole > 0, whole, 1.0)
     lse = tl.where(whole > 0, most + tl.log2(tl.where(whole > 0, whole, 1.0)), float("-inf"))
     tl.store(lse_ptr + place, lse, mask=real)
-    out = part_ptr + place[:, None] * (2 * HALF) + at[None, :]
-    tl.store(out, out_one * share[:, None], mask=real[:, None])
-    tl.store(out + HALF, out_two * share[:, None], mask=real[:, None])
+    out = part_ptr + _of_queries(place, COLUMNS) * (2 * HALF) + _of_others(at, COLUMNS)
+    tl.store(out, out_one * _of_queries(share, COLUMNS), mask=shown)
+    tl.store(out + HALF, out_two * _of_queries(share, COLUMNS), mask=shown)
 
 
 def fits(q: Tensor, k: Slab, v: Slab, angles: Angles | None) -> bool:
@@ -394,14 +460,17 @@ def _subtracts(device: torch.device) -> bool:
 
 
 def constants(
-    dim: int, groups: int, t: int, block: int, k: Codes, *, rotated: bool, subtracts: bool
+    dim: int, groups: int, t: int, block: int, warps: int, k: Codes, *, rotated: bool, subtracts: bool
 ) -> dict[str, int | bool | str | None]:
     """What `_split_codes` is compiled for. block: slots at once. subtracts: the device's capability is 9.0 or more."""
     lanes, words = _lanes_of(dim)
+    rows = max(8, triton.next_power_of_2(groups * t))
+    columns = rows == 8
     programs = dict(K_PROGRAM=PROGRAMS[k.bits, rotated, subtracts], V_PROGRAM=PROGRAMS[k.bits, False, False])
     return dict(
-        T=t, G=groups, M=max(16, triton.next_power_of_2(groups * t)), N=block, C=lanes, E=words, BITS=k.bits,
-        GROUP=dim // k.scale.shape[3], UPCAST=INTERPRETED, **(dict.fromkeys(programs) if INTERPRETED else programs),
+        T=t, G=groups, M=rows, N=block, C=lanes, E=words, BITS=k.bits, GROUP=dim // k.scale.shape[3],
+        UPCAST=INTERPRETED, COLUMNS=columns, DEALT=warps if columns and block % (16 * warps) == 0 else 0,
+        **(dict.fromkeys(programs) if INTERPRETED else programs),
     )  # fmt: skip
 
 
@@ -421,7 +490,7 @@ def split_codes(
         angles.cos, angles.sin, angles.cos.view(torch.int32), angles.sin.view(torch.int32)]  # fmt: skip
     words = [x.codes.view(torch.int32) for x in (k, v)]
     fixed = constants(
-        dim, num_q // heads, t, block, k, rotated=angles is not None, subtracts=_subtracts(q.device)
+        dim, num_q // heads, t, block, warps, k, rotated=angles is not None, subtracts=_subtracts(q.device)
     )  # fmt: skip
     _split_codes[(part.shape[1], batch * heads)](
         q, *words, k.scale, k.zero, v.scale, v.zero, k.table, v.table, *tables, first, stop, bias, part, lse,
