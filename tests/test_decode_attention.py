@@ -73,6 +73,8 @@ CASES = [
     # what `decode_codes_triton` takes in bfloat16, and what it leaves to the others
     Case(slots=100, dim=128, rotated=128, bits=4, heads=(8, 2), t=3, left=True, right=True, offset=True, group=64),
     Case(slots=70, dim=64, rotated=64, bits=8, t=2, right=True, bias=True, softcap=3.0, group=8, batch=1),
+    Case(slots=130, dim=128, rotated=128, bits=8, heads=(8, 1), t=2, right=True, bias=True, softcap=3.0, batch=1),
+    Case(slots=130, dim=128, bits=4, heads=(8, 1), bias=True, softcap=3.0, batch=1),
     Case(slots=40, dim=256, rotated=256, bits=4, left=True, batch=1),
     Case(slots=40, dim=256, bits=8, right=True, group=64, batch=1),
     Case(slots=3, dim=128, rotated=128, bits=4, t=3, batch=1),

@@ -3,17 +3,23 @@
 Meaning and shapes: decode_attention.py. As `_split` does, a program takes a row, a KV head and a stretch of slots, and
 `_merge` puts the stretches together. What differs is how codes become numbers, which costs more than reading them:
 
-    words     Codes are loaded 4 bytes at a time. (word & 0x000F000F) | 0x43004300 is 128 + code, twice, in bfloat16:
-              two codes in one instruction. Two more make numbers of them: - 128, which is exact, and * scale + zero.
+    words     Codes are loaded 4 bytes at a time. 16 bits that are an integer n below 256 are n * 2**-133 in bfloat16,
+              exactly (subnormal numbers, and the smallest of the others, at the same distances). So bytes that a
+              permutation parts, or their halves behind a mask, are numbers already, two in a register, and one
+              instruction decodes them: * scale + zero, with 2**133 in the scale. So that this is a number, all are held
+              at 2**-64 of their value (`SHRINK`); queries and results take it back (powers of two).
     pairs     A word has both channels of RoPE's pairs (8 bits: two words), so they turn where they are, two at once.
     angles    R(q) . R(k) depends on the difference of the positions only. Queries are rotated once, by their distance
               from the stretch's first slot, and keys by theirs: a few hundred angles, which the L1 cache holds, where
               those of all positions would come from the L2 cache, more bytes than the codes, for every head.
     channels  The order of channels in a dot product is free. It is the one in which threads load words, so keys go from
               registers to tensor cores without a detour through shared memory.
+    columns   Tensor cores have tiles of 16 x 8. Up to 8 queries are their columns and slots the rows: the other way
+              round most models would pay for 12 rows of padding out of 16, in products and in the softmax. A warp's
+              rows are slots that it loaded (`_dealt`).
 
-Rounding: numbers are rounded to bfloat16 after decoding, as `Codes.decode` does, and rotated as a product and a fused
-multiply-add, each rounded, as models do that rotate in bfloat16.
+Rounding: numbers are rounded to bfloat16 after decoding, as `Codes.decode` does, and rotated as a product with the sine
+and a fused multiply-add, each rounded, as models do that rotate in bfloat16.
 
 Shapes: N slots at a time, M padded rows, C lanes of a unit, each with E words of a half of the channels.
 """
@@ -23,6 +29,7 @@ Shapes: N slots at a time, M padded rows, C lanes of a unit, each with E words o
 
 from __future__ import annotations
 
+import functools
 import os
 
 import torch
@@ -39,52 +46,57 @@ REGISTERS = 168  # of a thread, at most: three programs of 4 warps on a multipro
 LONGEST_STRETCH = 1024  # slots whose angles stay near
 
 
+SHRINK = tl.constexpr(2.0**-64)  # of decoded numbers: those below 2**-62 lose digits, scales may be up to 2**58
+GROW = tl.constexpr(2.0**64)
+
+
 # ---------------------------------------------------------------------- codes to numbers, in PTX
 
 
-def _four_bits(word: str, out: list[str]) -> list[str]:
-    """128 + code, exact, less 128: channels 0 1 and 2 3 of both halves from one word."""
-    lines = [f"prmt.b32 y, {word}, 0, 0x3120;"]
-    for name, shift in zip(out, (0, 8, 4, 12), strict=True):
-        source = "y" if not shift else "t"
-        lines += [f"shr.u32 t, y, {shift};"] if shift else []
-        lines += [f"lop3.b32 {name}, {source}, 0x000F000F, magic, 0xEA;", f"fma.rn.bf16x2 {name}, {name}, one, less;"]
-    return lines
+def _program(bits: int, *, rotated: bool, subtracts: bool) -> str:
+    """Four channels of either half, $0 .. $7, in the order of `_decoded`'s arguments from $8 on.
 
-
-def _eight_bits(word: str, out: list[str]) -> list[str]:
-    """128 + the lower seven bits, less 128 unless the eighth is set: channels 0 1 and 2 3 from a word."""
-    lines = [f"prmt.b32 y, {word}, 0, 0x3120;"]
-    for name, shift in zip(out, (0, 8), strict=True):
-        source = "y" if not shift else "t"
-        lines += [f"shr.u32 t, y, {shift};"] if shift else []
-        lines += [
-            f"lop3.b32 u, {source}, 0x00800080, 0, 0x0C;", "mul.lo.u32 u, u, 0x186;",
-            f"lop3.b32 {name}, {source}, 0x007F007F, magic, 0xEA;", f"fma.rn.bf16x2 {name}, {name}, one, u;",
-        ]  # fmt: skip
-    return lines
-
-
-def _program(bits: int, *, rotated: bool) -> str:
-    """Four channels of either half, $0 .. $7, in the order of `_decoded`'s arguments from $8 on."""
-    lines = ["mov.b32 magic, 0x43004300;", "mov.b32 one, 0x3F803F80;", "mov.b32 less, 0xC300C300;",
-             "mov.b32 none, 0x80008000;"]  # fmt: skip
-    a, b = ["a0", "a1"], ["b0", "b1"]
-    lines += _four_bits("$8", a + b) if bits == 4 else [*_eight_bits("$8", a), *_eight_bits("$9", b)]
-    lines += [f"fma.rn.bf16x2 {x}, {x}, $10, $11;" for x in a]
-    lines += [f"fma.rn.bf16x2 {x}, {x}, $12, $13;" for x in b]
+    subtracts: for compute capability 9.0 and later, where a product and a difference become one instruction.
+    """
+    names = ("a0", "a1", "b0", "b1")
+    lines = ["mov.b32 none, 0x80008000;"]
+    if bits == 4:  # channels 0 1 and 2 3 of both halves from one word: the second half's codes stay 16 times as large
+        lines += ["prmt.b32 t, $8, 0, 0x4140;", "prmt.b32 u, $8, 0, 0x4342;"]
+        masks = ("0x000F000F", "0x000F000F", "0x00F000F0", "0x00F000F0")
+        lines += [f"and.b32 {x}, {y}, {mask};" for x, y, mask in zip(names, "tutu", masks, strict=True)]
+    else:
+        sources = ("$8, 0, 0x4140", "$8, 0, 0x4342", "$9, 0, 0x4140", "$9, 0, 0x4342")
+        lines += [f"prmt.b32 {x}, {source};" for x, source in zip(names, sources, strict=True)]
+    levels = ("$10, $11", "$10, $11", "$12, $13", "$12, $13")
+    lines += [f"fma.rn.bf16x2 {x}, {x}, {level};" for x, level in zip(names, levels, strict=True)]
     for i in range(2 if rotated else 0):
         cos, sin = f"${14 + i}", f"${16 + i}"
-        lines += [
-            f"fma.rn.bf16x2 t, a{i}, {cos}, none;", f"fma.rn.bf16x2 u, a{i}, {sin}, none;", f"neg.bf16x2 y, b{i};",
-            f"fma.rn.bf16x2 a{i}, y, {sin}, t;", f"fma.rn.bf16x2 b{i}, b{i}, {cos}, u;",
-        ]  # fmt: skip
-    lines += [f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, {x};" for i, x in enumerate(a + b)]
-    return "{ .reg .b32 y, t, u, magic, one, less, none, a0, a1, b0, b1; " + " ".join(lines) + " }"
+        lines += [f"fma.rn.bf16x2 u, a{i}, {sin}, none;", f"fma.rn.bf16x2 t, b{i}, {sin}, none;"]
+        if subtracts:  # not .rn: the assembler may fuse them, and does (`enable_fp_fusion`)
+            lines += [f"mul.bf16x2 a{i}, a{i}, {cos};", f"sub.bf16x2 a{i}, a{i}, t;"]
+        else:
+            lines += ["neg.bf16x2 t, t;", f"fma.rn.bf16x2 a{i}, a{i}, {cos}, t;"]
+        lines += [f"fma.rn.bf16x2 b{i}, b{i}, {cos}, u;"]
+    lines += [f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, {x};" for i, x in enumerate(names)]
+    return "{ .reg .b32 t, u, none, a0, a1, b0, b1; " + " ".join(lines) + " }"
 
 
-PROGRAMS = {(bits, rotated): _program(bits, rotated=rotated) for bits in (4, 8) for rotated in (False, True)}
+def _twice_times(exponent: int) -> str:
+    """A 16-bit number times 2**exponent, in both halves of 32 bits."""
+    factor = (exponent + 127) << 7
+    lines = [f"mov.b32 factor, 0x{factor * 65537:08X};", "mov.b32 none, 0x80008000;", "mov.b32 x, {$1, $1};",
+             "fma.rn.bf16x2 $0, x, factor, none;"]  # fmt: skip
+    return "{ .reg .b32 factor, none, x; " + " ".join(lines) + " }"
+
+
+PROGRAMS = {
+    (bits, rotated, subtracts): _program(bits, rotated=rotated, subtracts=subtracts)
+    for bits in (4, 8) for rotated in (False, True) for subtracts in (False, True)
+}  # fmt: skip
 FORM = tl.constexpr(",".join(["=h"] * 8 + ["r"] * 10))
+ZERO = tl.constexpr(_twice_times(-64))
+SCALE = tl.constexpr(_twice_times(133 - 64))
+SCALE_16 = tl.constexpr(_twice_times(133 - 64 - 4))  # of codes that stay 16 times as large
 
 
 @triton.jit
@@ -102,24 +114,24 @@ def _rounded(x):
 
 @triton.jit
 def _number(word, scale, zero, SHIFT: tl.constexpr, BITS: tl.constexpr):
-    """A code as a number that bfloat16 has, in fp32."""
+    """A code as a number that bfloat16 has, times `SHRINK`, in fp32."""
     code = ((word >> SHIFT) & (2**BITS - 1)).to(tl.float32)
-    return _rounded(code * _half(scale, False) + _half(zero, False))
+    return _rounded(code * _half(scale, False) + _half(zero, False)) * SHRINK
 
 
 @triton.jit
 def _turned(a, b, cos, sin, SECOND: tl.constexpr):
     c, s = _half(cos, SECOND), _half(sin, SECOND)
-    return _rounded(_rounded(a * c) - b * s), _rounded(b * c + _rounded(a * s))
+    return _rounded(a * c - _rounded(b * s)), _rounded(b * c + _rounded(a * s))
 
 
 @triton.jit
 def _twice(x, C: tl.constexpr, PROGRAM: tl.constexpr):
-    """16-bit numbers [N C] in both halves of an int32, [N, C, 1]."""
+    """16-bit numbers [N C] in both halves of an int32, [N, C, 1]; by PTX also times a power of two."""
     if PROGRAM is None:
         twice = (x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) * 65537
     else:
-        twice = tl.inline_asm_elementwise("mov.b32 $0, {$1, $1};", "=r,h", [x], tl.int32, is_pure=True, pack=1)
+        twice = tl.inline_asm_elementwise(PROGRAM, "=r,h", [x], tl.int32, is_pure=True, pack=1)
     return tl.reshape(twice, (x.shape[0] // C, C, 1))
 
 
@@ -132,13 +144,13 @@ def _join(a, b, c, d):
 @triton.jit
 def _decoded(one, two, s1, z1, s2, z2, c01, c23, s01, s23, C: tl.constexpr, BITS: tl.constexpr,
              ROTATED: tl.constexpr, PROGRAM: tl.constexpr):  # fmt: skip
-    """Words [N, C, E] as bfloat16 numbers of both halves, [N, C, E, 2, 2] each.
+    """Words [N, C, E] as bfloat16 numbers of both halves times `SHRINK`, [N, C, E, 2, 2] each.
 
     one, two: words of the halves, the same at 4 bits. s1, z1, s2, z2: their scales and zeros, [N C].
     c01 .. s23: cosines and sines, two in an int32, read if ROTATED. PROGRAM: PTX; None: what it does, in Triton.
     """
-    s1, z1, s2, z2 = _twice(s1, C, PROGRAM), _twice(z1, C, PROGRAM), _twice(s2, C, PROGRAM), _twice(z2, C, PROGRAM)
     if PROGRAM is None:
+        s1, z1, s2, z2 = _twice(s1, C, None), _twice(z1, C, None), _twice(s2, C, None), _twice(z2, C, None)
         UP: tl.constexpr = 4 if BITS == 4 else 0
         a, b = _number(one, s1, z1, 0, BITS), _number(one, s1, z1, 8, BITS)
         c, d = _number(one, s1, z1, 16, BITS), _number(one, s1, z1, 24, BITS)
@@ -150,6 +162,8 @@ def _decoded(one, two, s1, z1, s2, z2, c01, c23, s01, s23, C: tl.constexpr, BITS
             c, y = _turned(c, y, c23, s23, False)
             d, z = _turned(d, z, c23, s23, True)
     else:
+        s1, z1, z2 = _twice(s1, C, SCALE), _twice(z1, C, ZERO), _twice(z2, C, ZERO)
+        s2 = _twice(s2, C, SCALE_16 if BITS == 4 else SCALE)
         a, b, c, d, w, x, y, z = tl.inline_asm_elementwise(
             PROGRAM, FORM, [one, two, s1, z1, s2, z2, c01, c23, s01, s23],
             (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16,
@@ -178,10 +192,10 @@ def _lanes(x, C: tl.constexpr, E: tl.constexpr):
 @triton.jit
 def _levels(scale_ptr, zero_ptr, step, slot, C: tl.constexpr, E: tl.constexpr, GROUP: tl.constexpr):
     """Scale and zero of a lane's channels in the first half, then in the second, [N C] each. slot: [N C]."""
-    channel = tl.arange(0, slot.shape[0]) % C * (4 * E)
-    one = slot * step + channel // GROUP
-    two = slot * step + (channel + 4 * C * E) // GROUP
-    return tl.load(scale_ptr + one), tl.load(zero_ptr + one), tl.load(scale_ptr + two), tl.load(zero_ptr + two)
+    group = slot * step + tl.arange(0, slot.shape[0]) % C * (4 * E) // GROUP
+    scales, zeros = scale_ptr + group, zero_ptr + group
+    HALF: tl.constexpr = 4 * C * E // GROUP
+    return tl.load(scales), tl.load(zeros), tl.load(scales + HALF), tl.load(zeros + HALF)
 
 
 @triton.jit
@@ -209,14 +223,72 @@ def _wall(x, PROGRAM: tl.constexpr):
 
 
 @triton.jit
+def _of_queries(x, COLUMNS: tl.constexpr):
+    """One number a query, beside [queries, others]; COLUMNS: beside [others, queries]."""
+    if COLUMNS:
+        return x[None, :]
+    else:
+        return x[:, None]
+
+
+@triton.jit
+def _of_others(x, COLUMNS: tl.constexpr):
+    """One number a slot or channel, beside the same."""
+    if COLUMNS:
+        return x[:, None]
+    else:
+        return x[None, :]
+
+
+@triton.jit
+def _dot_keys(q, k, logits, COLUMNS: tl.constexpr):
+    """logits [queries, slots] or [slots, queries] + q . k. q: [queries, channels] or [channels, queries]."""
+    if COLUMNS:
+        return tl.dot(k.to(q.dtype), q, logits, input_precision="ieee")
+    else:
+        return tl.dot(q, tl.trans(k.to(q.dtype)), logits, input_precision="ieee")
+
+
+@triton.jit
+def _dot_values(weight, v, out, COLUMNS: tl.constexpr):
+    """out [queries, channels] or [channels, queries] + weight . v."""
+    if COLUMNS:
+        return tl.dot(tl.trans(v.to(weight.dtype)), weight, out, input_precision="ieee")
+    else:
+        return tl.dot(weight, v.to(weight.dtype), out, input_precision="ieee")
+
+
+@triton.jit
+def _dealt(x, DEALT: tl.constexpr):
+    """[N, X], slots in an order in which every 16 are of one warp, as tensor cores have rows: it loaded 8 at a time.
+
+    DEALT: to how many warps; 0: slots stay in order.
+    """
+    if DEALT:
+        ordered = tl.reshape(x, (x.shape[0] // (16 * DEALT), 2, DEALT, 8, x.shape[1]))
+        return tl.reshape(tl.permute(ordered, (0, 2, 1, 3, 4)), x.shape)
+    else:
+        return x
+
+
+@triton.jit
+def _dealt_slots(N: tl.constexpr, DEALT: tl.constexpr):
+    """Which slots `_dealt` has, [N]."""
+    at = tl.arange(0, N)
+    if DEALT:
+        at = at // (16 * DEALT) * (16 * DEALT) + at // 8 % 2 * (8 * DEALT) + at // 16 % DEALT * 8 + at % 8
+    return at
+
+
+@triton.jit
 def _split_codes(
     q_ptr, k_ptr, v_ptr, k_scale, k_zero, v_scale, v_zero, k_table, v_table, cos_ptr, sin_ptr, cos_words, sin_words,
     first_ptr, stop_ptr, bias_ptr, part_ptr, lse_ptr,
     slots, heads, scale, softcap,
     q_b, q_h, q_t, k_b, k_h, v_b, v_h, ks_b, ks_h, ks_t, vs_b, vs_h, vs_t, bias_b, bias_h, table_t,
     T: tl.constexpr, G: tl.constexpr, M: tl.constexpr, N: tl.constexpr, C: tl.constexpr, E: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
-    K_PROGRAM: tl.constexpr, V_PROGRAM: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr, COLUMNS: tl.constexpr,
+    DEALT: tl.constexpr, K_PROGRAM: tl.constexpr, V_PROGRAM: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = 4 * C * E
     UNIT: tl.constexpr = 2 * HALF * BITS // 32
@@ -257,22 +329,26 @@ def _split_codes(
     at = tl.arange(0, HALF)
     channel = at // 2 % C * (4 * E) + at // (4 * C) * 4 + at // (2 * C) % 2 * 2 + at % 2
     q_row = q_ptr + i * q_b + (h * G + g) * q_h + t * q_t
-    q_one = tl.load(q_row[:, None] + channel[None, :], mask=real[:, None], other=0.0)
-    q_two = tl.load(q_row[:, None] + channel[None, :] + HALF, mask=real[:, None], other=0.0)
+    q_at = _of_queries(q_row, COLUMNS) + _of_others(channel, COLUMNS)
+    shown = _of_queries(real, COLUMNS)
+    q_one, q_two = tl.load(q_at, mask=shown, other=0.0), tl.load(q_at + HALF, mask=shown, other=0.0)
+    q_one, q_two = q_one.to(tl.float32), q_two.to(tl.float32)
+    factor = 2 * scale / softcap if CAPPED else scale * LOG2E  # queries that are rounded anyway take it in
     if ROTATED:
         ahead = tl.maximum(stop - T + t - low, 0)  # a query whose own unit lies before this stretch sees nothing of it
-        place = ahead[:, None] * (2 * table_t) + channel[None, :]
-        cos = tl.load(cos_ptr + place, mask=real[:, None], other=0.0).to(tl.float32)
-        sin = tl.load(sin_ptr + place, mask=real[:, None], other=0.0).to(tl.float32)
-        a, b = q_one.to(tl.float32), q_two.to(tl.float32)
-        q_one, q_two = a * cos - b * sin, b * cos + a * sin
-    q_one, q_two = q_one.to(dot_type), q_two.to(dot_type)
+        place = _of_queries(ahead, COLUMNS) * (2 * table_t) + _of_others(channel, COLUMNS)
+        cos = tl.load(cos_ptr + place, mask=shown, other=0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + place, mask=shown, other=0.0).to(tl.float32)
+        q_one, q_two = factor * (q_one * cos - q_two * sin), factor * (q_two * cos + q_one * sin)
+    q_one, q_two = (q_one * GROW).to(dot_type), (q_two * GROW).to(dot_type)
 
     visible = tl.minimum(units, stop - (T - 1 - t) - low).to(tl.int32)
     most = tl.full((M,), float("-inf"), tl.float32)
-    total = tl.zeros((M, N), tl.float32)
-    out_one = tl.zeros((M, HALF), tl.float32)
-    out_two = tl.zeros((M, HALF), tl.float32)
+    total = tl.zeros((N, M) if COLUMNS else (M, N), tl.float32)
+    out_one = tl.zeros((HALF, M) if COLUMNS else (M, HALF), tl.float32)
+    out_two = tl.zeros((HALF, M) if COLUMNS else (M, HALF), tl.float32)
+    SLOTS: tl.constexpr = 0 if COLUMNS else 1  # their axis
+    dealt = _dealt_slots(N, DEALT)
     step, lane_step = tl.arange(0, N), tl.arange(0, N * C) // C
     own = tl.minimum(lane_step, last)
     slot = tl.minimum(step, last)  # of the first block; every block fetches the next one's
@@ -289,44 +365,46 @@ def _split_codes(
             c01, c23 = _spread(cos_near, cos_far, N, C, E)
             s01, s23 = _spread(sin_near, sin_far, N, C, E)
         one, two = _decoded(k_one, k_two, k_s1, k_z1, k_s2, k_z2, c01, c23, s01, s23, C, BITS, ROTATED, K_PROGRAM)
-        one = _wall(tl.reshape(tl.permute(one, (0, 2, 3, 1, 4)), (N, HALF)), K_PROGRAM)
-        two = _wall(tl.reshape(tl.permute(two, (0, 2, 3, 1, 4)), (N, HALF)), K_PROGRAM)
-        logits = tl.dot(q_one, tl.trans(one.to(dot_type)), input_precision="ieee")
-        logits = tl.dot(q_two, tl.trans(two.to(dot_type)), logits, input_precision="ieee")
+        one = _wall(_dealt(tl.reshape(tl.permute(one, (0, 2, 3, 1, 4)), (N, HALF)), DEALT), K_PROGRAM)
+        two = _wall(_dealt(tl.reshape(tl.permute(two, (0, 2, 3, 1, 4)), (N, HALF)), DEALT), K_PROGRAM)
+        logits = _dot_keys(q_one, one, None, COLUMNS)
+        logits = _dot_keys(q_two, two, logits, COLUMNS)
         next_slot, next_own = tl.minimum(start + N + step, last), tl.minimum(start + N + lane_step, last)
         k_one, k_two = _words(k_ptr, next_slot, C, E, UNIT, BITS)
         k_s1, k_z1, k_s2, k_z2 = _levels(k_scale, k_zero, ks_t, next_own, C, E, GROUP)
+        if not ROTATED:
+            logits *= factor
         if CAPPED:
-            logits = (softcap * LOG2E) * (2 * tl.sigmoid(logits * (2 * scale / softcap)) - 1)  # tanh
-        else:
-            logits *= scale * LOG2E
-        at_slot = start + step
+            logits = (softcap * LOG2E) * (2 * tl.sigmoid(logits) - 1)  # tanh
+        at_slot = start + dealt
         if bias_ptr is not None:
-            logits += LOG2E * tl.load(bias_ptr + at_slot, mask=at_slot < units, other=0.0).to(tl.float32)[None, :]
-        seen = at_slot[None, :] < visible[:, None]
+            bias = tl.load(bias_ptr + at_slot, mask=at_slot < units, other=0.0).to(tl.float32)
+            logits += _of_others(LOG2E * bias, COLUMNS)
+        seen = _of_others(at_slot, COLUMNS) < _of_queries(visible, COLUMNS)
         logits = tl.where(seen, logits, float("-inf"))
-        new_most = tl.maximum(most, tl.max(logits, 1))
+        new_most = tl.maximum(most, tl.max(logits, SLOTS))
         ground = tl.where(new_most == float("-inf"), 0.0, new_most)
-        weight = tl.exp2(logits - ground[:, None])
-        fade = tl.exp2(most - ground)
+        weight = tl.exp2(logits - _of_queries(ground, COLUMNS))
+        fade = _of_queries(tl.exp2(most - ground), COLUMNS)
         most = new_most
-        total = total * fade[:, None] + weight
+        total = total * fade + weight
         one, two = _decoded(v_one, v_two, v_s1, v_z1, v_s2, v_z2, v_one, v_one, v_one, v_one, C, BITS, False, V_PROGRAM)
-        one, two = _wall(tl.reshape(one, (N, HALF)), V_PROGRAM), _wall(tl.reshape(two, (N, HALF)), V_PROGRAM)
+        one = _wall(_dealt(tl.reshape(one, (N, HALF)), DEALT), V_PROGRAM)
+        two = _wall(_dealt(tl.reshape(two, (N, HALF)), DEALT), V_PROGRAM)
         weight = weight.to(dot_type)
-        out_one = tl.dot(weight, one.to(dot_type), out_one * fade[:, None], input_precision="ieee")
-        out_two = tl.dot(weight, two.to(dot_type), out_two * fade[:, None], input_precision="ieee")
+        out_one = _dot_values(weight, one, out_one * fade, COLUMNS)
+        out_two = _dot_values(weight, two, out_two * fade, COLUMNS)
         v_one, v_two = _words(v_ptr, next_slot, C, E, UNIT, BITS)
         v_s1, v_z1, v_s2, v_z2 = _levels(v_scale, v_zero, vs_t, next_own, C, E, GROUP)
 
-    whole = tl.sum(total, 1)
+    whole = tl.sum(total, SLOTS)
     place = (head * tl.num_programs(0) + tl.program_id(0)) * (G * T) + row
-    share = 1.0 / tl.where(whole > 0, whole, 1.0)
+    share = GROW / tl.where(whole > 0, whole, 1.0)
     lse = tl.where(whole > 0, most + tl.log2(tl.where(whole > 0, whole, 1.0)), float("-inf"))
     tl.store(lse_ptr + place, lse, mask=real)
-    out = part_ptr + place[:, None] * (2 * HALF) + at[None, :]
-    tl.store(out, out_one * share[:, None], mask=real[:, None])
-    tl.store(out + HALF, out_two * share[:, None], mask=real[:, None])
+    out = part_ptr + _of_queries(place, COLUMNS) * (2 * HALF) + _of_others(at, COLUMNS)
+    tl.store(out, out_one * _of_queries(share, COLUMNS), mask=shown)
+    tl.store(out + HALF, out_two * _of_queries(share, COLUMNS), mask=shown)
 
 
 def fits(q: Tensor, k: Slab, v: Slab, angles: Angles | None) -> bool:
@@ -376,15 +454,23 @@ def per_multiprocessor(warps: int, registers: int) -> int:
     return max(1, 65_536 // (32 * warps * registers))
 
 
+@functools.cache
+def _subtracts(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def constants(
-    dim: int, groups: int, t: int, block: int, k: Codes, *, rotated: bool
+    dim: int, groups: int, t: int, block: int, warps: int, k: Codes, *, rotated: bool, subtracts: bool
 ) -> dict[str, int | bool | str | None]:
-    """What `_split_codes` is compiled for. block: slots at once."""
+    """What `_split_codes` is compiled for. block: slots at once. subtracts: the device's capability is 9.0 or more."""
     lanes, words = _lanes_of(dim)
-    programs = dict(K_PROGRAM=PROGRAMS[k.bits, rotated], V_PROGRAM=PROGRAMS[k.bits, False])
+    rows = max(8, triton.next_power_of_2(groups * t))
+    columns = rows == 8
+    programs = dict(K_PROGRAM=PROGRAMS[k.bits, rotated, subtracts], V_PROGRAM=PROGRAMS[k.bits, False, False])
     return dict(
-        T=t, G=groups, M=max(16, triton.next_power_of_2(groups * t)), N=block, C=lanes, E=words, BITS=k.bits,
-        GROUP=dim // k.scale.shape[3], UPCAST=INTERPRETED, **(dict.fromkeys(programs) if INTERPRETED else programs),
+        T=t, G=groups, M=rows, N=block, C=lanes, E=words, BITS=k.bits, GROUP=dim // k.scale.shape[3],
+        UPCAST=INTERPRETED, COLUMNS=columns, DEALT=warps if columns and block % (16 * warps) == 0 else 0,
+        **(dict.fromkeys(programs) if INTERPRETED else programs),
     )  # fmt: skip
 
 
@@ -403,11 +489,13 @@ def split_codes(
     tables = [None] * 4 if angles is None else [
         angles.cos, angles.sin, angles.cos.view(torch.int32), angles.sin.view(torch.int32)]  # fmt: skip
     words = [x.codes.view(torch.int32) for x in (k, v)]
+    fixed = constants(
+        dim, num_q // heads, t, block, warps, k, rotated=angles is not None, subtracts=_subtracts(q.device)
+    )  # fmt: skip
     _split_codes[(part.shape[1], batch * heads)](
         q, *words, k.scale, k.zero, v.scale, v.zero, k.table, v.table, *tables, first, stop, bias, part, lse,
         slots, heads, scale, softcap or 0.0,
         *q.stride()[:3], *words[0].stride()[:2], *words[1].stride()[:2], *k.scale.stride()[:3], *v.scale.stride()[:3],
         *((0, 0) if bias is None else bias.stride()[:2]), 0 if angles is None else angles.cos.stride(0) // 2,
-        CAPPED=softcap is not None, **constants(dim, num_q // heads, t, block, k, rotated=angles is not None),
-        num_warps=warps, num_stages=1, maxnreg=registers,
+        CAPPED=softcap is not None, **fixed, num_warps=warps, num_stages=1, maxnreg=registers,
     )  # fmt: skip
