@@ -182,7 +182,9 @@ def main() -> None:
         n = args.samples if cell.method in ("full", "locret") else args.baseline_samples
         n = min(n, args.long_samples) if cell.suite == "long" else n
         prompts = samples.get(cell, n)
-        row = run_cell(cell, backbone, args.heads or args.model / "heads", prompts, max(1, args.batch_tokens // cell.length))
+        row = run_cell(
+            cell, backbone, args.heads or args.model / "heads", prompts, max(1, args.batch_tokens // cell.length)
+        )
         done[cell.key] = {"key": cell.key, **row}
         print(f"{cell.key:60} {row['score']:.3f} {row['interval_95']} {row['seconds']:6.1f} s", flush=True)
         write_text(args.output, json.dumps({"provenance": provenance(), "cells": list(done.values())}, indent=1) + "\n")

@@ -123,6 +123,18 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(backbone: Backbone, t
         assert len(lines) == len(ends), "no sample is lost, none is done twice"
 
 
+def test_a_folder_is_refused_to_other_weights_of_the_same_name(backbone: Backbone, tmp_path: Path) -> None:
+    complete(grid(samples=1), backbone, tmp_path, source())
+    weight = next(iter(backbone.model.parameters()))
+    weight.data.mul_(2)
+    try:
+        with pytest.raises(ConfigError, match=r"weights was '[0-9a-f]+', now '[0-9a-f]+'; give another --output"):
+            complete(grid(samples=1), backbone, tmp_path, source())
+    finally:
+        weight.data.div_(2)
+    complete(grid(samples=1), backbone, tmp_path, source())
+
+
 CHILD = """
 import sys, pathlib
 sys.path.insert(0, {tests!r})

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from locret.backbone import Backbone, model_length
 from locret.config import CacheConfig, Sampling, parse_budget
+from locret.context import weights_digest
 from locret.decode import full_cache_bytes
 from locret.engine import LLM
 from locret.errors import CapacityError, ConfigError, DataError, NumericsError
@@ -100,7 +101,7 @@ def run(
     runner = _Runner(grid, backbone, source, heads, samples)
     runner.check_budgets()
     runner.check_samples()
-    claim(folder, grid.to_dict())
+    claim(folder, {**grid.to_dict(), "weights": _weights(backbone, heads)})
     done = read_journals(folder)
     count, noted = len(done) // world, False
     with Journal(folder, rank) as journal:
@@ -115,6 +116,12 @@ def run(
                 on_progress(count, max(count, total))
     keys = [key for block in grid.blocks() for key in _keys(block, runner.count(block))]
     return Expected(keys, read_journals(folder))
+
+
+def _weights(backbone: Backbone, heads: RetainingHeads | None) -> str:
+    """A short hash, since names of models stay while their weights change; of bfloat16, so the same in any dtype."""
+    parameters = [*backbone.model.parameters(), *(() if heads is None else heads.parameters())]
+    return weights_digest(parameter.detach().to(torch.bfloat16) for parameter in parameters)
 
 
 class _Runner:
