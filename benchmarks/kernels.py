@@ -58,9 +58,8 @@ SWEEP = [(32, 4, 2), (32, 4, 4), (64, 4, 2), (64, 4, 3), (64, 8, 2), (64, 8, 3),
 
 
 CODES_SWEEP = [  # slots at once, slots of a program, warps, registers of a thread
-    (64, None, 4, 168), (64, None, 4, 128), (64, 1024, 4, 128), (64, None, 2, 255), (128, None, 4, 255),
-    (32, None, 4, 128), (32, None, 2, 168), (32, None, 2, 128),
-    (32, None, 1, 255), (16, None, 1, 168), (16, None, 1, 128),  # one warp waits for no other
+    (64, None, 4, 168), (64, None, 4, 128), (64, 1024, 4, 128), (32, None, 2, 168), (32, None, 2, 144),
+    (16, None, 1, 168), (16, None, 1, 144),  # one warp waits for no other
 ]  # fmt: skip
 
 
