@@ -46,7 +46,6 @@ from locret.sampling import likeliest, read_back
 
 BAR_LENGTH, BAR = 32_768, 2.0  # issue 4: embedded model on a CPU, tokens and least ratio to transformers
 _COPY_BYTES = {"cpu": 2**26, "cuda": 2**30}
-_NO_KERNEL = ("No available kernel", "No viable backend", "cuDNN Frontend error")  # torch, where cuDNN refuses
 OnCase = Callable[[str], object]
 
 
@@ -223,6 +222,7 @@ class _Run:
 
 class _Engine(ABC):
     name: str
+    refusals: tuple[str, ...] = ()  # what torch says where the kernel that it is held to does not take the model
 
     def __init__(self, llm: LLM, shape: Shape) -> None:
         self.llm, self.shape = llm, shape
@@ -347,6 +347,7 @@ class _Cudnn(_Full):
     """
 
     name = "transformers-cudnn"
+    refusals = ("No available kernel", "No viable backend", "cuDNN Frontend error")
 
     def rows(self, batches: Sequence[int]) -> Sequence[int]:
         return [1] if 1 in batches else []
@@ -387,19 +388,19 @@ def _case(engine: _Engine, ids: Tensor, batches: Sequence[int], new_tokens: int)
                 peaks = [p for p in (_peak(device), prefill_peak if batch == 1 else None) if p is not None]
                 run.peak[batch] = max(peaks, default=None)
             except Exception as error:
-                run.failed[batch] = _reason(error)
+                run.failed[batch] = _reason(engine, error)
     except Exception as error:
-        run.failed = dict.fromkeys(batches, _reason(error))
+        run.failed = dict.fromkeys(batches, _reason(engine, error))
     finally:
         engine.stop()
     return run
 
 
-def _reason(error: Exception) -> str:
+def _reason(engine: _Engine, error: Exception) -> str:
     """Why there are no numbers. Raises: the error, if it is no result but a fault."""
     if out_of_memory(error):
         return "out of memory"
-    if any(said in str(error) for said in _NO_KERNEL):
+    if any(said in str(error) for said in engine.refusals):
         return "cuDNN does not take this model's attention"
     raise error
 
