@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 from lean import LeanLlama
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from locret.errors import DataError
 from locret.files import atomic_write
@@ -19,7 +21,6 @@ PART_BYTES = 15 * 2**20
 
 def export(model: LeanLlama, folder: Path) -> None:
     """config.json, generation_config.json and model.safetensors (bf16) as transformers loads them."""
-    from safetensors.torch import save_file
     from transformers import GenerationConfig, LlamaConfig
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -29,6 +30,11 @@ def export(model: LeanLlama, folder: Path) -> None:
     GenerationConfig(**special, do_sample=False).save_pretrained(folder)
     weights = {name: w.detach().to("cpu", torch.bfloat16).contiguous() for name, w in model.state_dict().items()}
     atomic_write(folder / "model.safetensors", lambda path: save_file(weights, path, metadata={"format": "pt"}))
+
+
+def exported(folder: Path) -> dict[str, Tensor]:
+    """The weights that `export` wrote, fp32."""
+    return {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
 
 
 def pack(folder: Path, out: Path) -> None:

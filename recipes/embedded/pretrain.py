@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from export import export, pack, unpack
+from export import export, exported, pack, unpack
 from feed import Feed, Shape
 from lean import LeanLlama
 from log import BORN, Log
@@ -183,10 +183,7 @@ class Trainer:
 
     def start_from(self, folder: Path) -> None:
         """Begin with the weights of an exported model instead of random ones."""
-        from safetensors.torch import load_file
-
-        weights = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
-        self.model.load_state_dict(weights)
+        self.model.load_state_dict(exported(folder))
 
     def load(self, path: Path) -> None:
         state = load_state(path, self.device)

@@ -10,7 +10,6 @@ import sys
 import time
 import uuid
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,10 +23,9 @@ import pretrain  # noqa: E402
 from export import export, pack, unpack  # noqa: E402
 from lean import LeanLlama, ModelConfig  # noqa: E402
 from muon import Muon, orthogonalise  # noqa: E402
-from nats import mean_nats  # noqa: E402
 from recipe import load_recipe, recipe_from  # noqa: E402
 from source import Sample  # noqa: E402
-from validate import exact_matches  # noqa: E402
+from validate import exact_matches, text_loss  # noqa: E402
 
 from locret.errors import ConfigError, DataError, NumericsError  # noqa: E402
 
@@ -467,12 +465,15 @@ def test_mend_recipe_can_be_shared_by_two():
 def test_nats_are_the_mean_loss_of_whole_windows():
     """A model that always gives token 3 half of the chance, and the other 63 the rest, over two windows and a scrap."""
 
-    class Biased(torch.nn.Module):
-        def forward(self, input_ids):
-            logits = torch.full((*input_ids.shape, 64), 0.5 / 63).log()
+    class Biased:
+        def hidden(self, ids):
+            return ids.flatten()
+
+        def logits(self, hidden):
+            logits = torch.full((*hidden.shape, 64), 0.5 / 63).log()
             logits[..., 3] = np.log(0.5)
-            return SimpleNamespace(logits=logits)
+            return logits
 
     ids = np.array([3, 3, 3, 3, 1, 2, 3, 4, 3, 3], dtype=np.uint16)
     expected = (3 * np.log(2) + 2 * np.log(126) + np.log(2)) / 6
-    assert mean_nats(Biased(), ids, 4) == pytest.approx(expected)
+    assert text_loss(Biased(), ids, 4, torch.device("cpu")) == pytest.approx(expected)
