@@ -6,32 +6,49 @@
 In one process, taking turns, so that all meet the same clocks:
 
     locret    chunks of a prompt, once the cache is full: seconds from one to the next
-    recency   the same by `--method recency`, which scores nothing
+    untended  the same without scores, choice and move: the units of the first chunks stay as they are
     bare      the products of all layers and their attention over budget and chunk, in the same order, and nothing else
 
-`bare` over `locret` is the share; locret less recency is what scores cost.
+`bare` over `locret` is the share of what cannot be done without; locret less untended is what eviction costs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from unittest.mock import patch
 
 import torch
 from common import RESULTS, provenance
 
 from locret.bench import random_llm
+from locret.cache import LayerCache
 from locret.config import CacheConfig
 from locret.engine import LLM
 from locret.files import write_text
 from locret.kernels.attention import two_part_attention
-from locret.methods import Method, get_method
-from locret.prefill import Reader
+from locret.kernels.compact import Candidates
+from locret.methods.base import ChunkView, Method
+from locret.prefill import ChunkPass, Reader
+
+
+@dataclass(frozen=True)
+class Unscored(Method):
+    """Every unit is worth the same."""
+
+    name: ClassVar[str] = "unscored"
+    per_token: ClassVar[bool] = True
+    replayable: ClassVar[bool] = True
+
+    def score(self, view: ChunkView) -> torch.Tensor:
+        return view.k.new_zeros(view.k.shape[:3], dtype=torch.float32)
 
 
 def clock(device: torch.device) -> float:
@@ -57,6 +74,17 @@ def chunk_seconds(llm: LLM, method: Method, prompt: int) -> float:
             if done in (first, last):
                 times[done] = clock(device)
     return (times[last] - times[first]) / ((last - first) // size)
+
+
+@contextlib.contextmanager
+def untended() -> Iterator[None]:
+    """Within it nothing is chosen and nothing moved when a layer is full, so that new units are forgotten."""
+
+    def keep(chunk: ChunkPass, view: ChunkView, old: Candidates, new: Candidates) -> torch.Tensor:
+        return old.score.new_empty(old.score.shape, dtype=torch.int64)
+
+    with patch.object(ChunkPass, "_keep", keep), patch.object(LayerCache, "keep", lambda held, keep: None):
+        yield
 
 
 def bare_chunk(llm: LLM, size: int, budget: int) -> Callable[[], None]:
@@ -105,15 +133,14 @@ def main() -> None:
     args = parser.parse_args()
     llm = random_llm(args.shape, device="auto", dtype="auto", method="locret", config=CacheConfig(args.budget))
     size = llm.config.resolve(prompt_len=args.prompt, unit_bytes=1).chunk_size
-    methods = {"locret": llm.method, "recency": get_method("recency")}
-    seconds: dict[str, list[float]] = {name: [] for name in (*methods, "bare")}
+    seconds: dict[str, list[float]] = {"locret": [], "untended": [], "bare": []}
     with torch.inference_mode():
         run = bare_chunk(llm, size, args.budget)
-        for method in methods.values():
-            chunk_seconds(llm, method, args.prompt)  # warms up: cuDNN plans, kernels are compiled
+        chunk_seconds(llm, llm.method, args.prompt)  # warms up: cuDNN plans, kernels are compiled
         for _ in range(args.repeats):
-            for name, method in methods.items():
-                seconds[name].append(chunk_seconds(llm, method, args.prompt))
+            seconds["locret"].append(chunk_seconds(llm, llm.method, args.prompt))
+            with untended():
+                seconds["untended"].append(chunk_seconds(llm, Unscored(), args.prompt))
             seconds["bare"].append(bare_seconds(run, llm.backbone.device, 24))
     middle = {name: statistics.median(values) for name, values in seconds.items()}
     result: dict[str, Any] = {
@@ -121,7 +148,7 @@ def main() -> None:
         "seconds_a_chunk": {name: {"median": middle[name], "least": min(values), "most": max(values)}
                             for name, values in seconds.items()},
         "bare_share": middle["bare"] / middle["locret"],
-        "scores_share": 1 - middle["recency"] / middle["locret"],
+        "eviction_share": 1 - middle["untended"] / middle["locret"],
     }  # fmt: skip
     write_text(args.output, json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))

@@ -33,7 +33,7 @@ def method_of(name, backbone, **options):
         else None
     )
     if heads is not None:
-        heads = heads.to(backbone.device, backbone.dtype)
+        heads = heads.to(backbone.device, backbone.dtype).join_layers()
     return get_method(name, heads=heads, **options)
 
 
@@ -98,6 +98,28 @@ def test_a_stash_that_is_full_is_scored_and_emptied():
     backbone = Backbone(build_tiny_model("llama"))
     config = CacheConfig(budget=50, chunk_size=16, num_stabilizers=4, local_window=4, decode_interval=3)
     compare(backbone, "locret", config, words(1, 95), 5)
+
+
+@pytest.mark.parametrize("storage", ["dense", "int8"])
+def test_stashed_steps_are_scored_for_all_layers_at_once(storage, monkeypatch):
+    """Layer by layer only where their slabs, or the heads' weights, do not lie together."""
+    backbone = Backbone(build_tiny_model("llama"))
+    config = CacheConfig(budget=30, chunk_size=16, decode_interval=6, storage=storage)
+    text, ends, single = words(2, 60), [], []
+    score = RetainingHeads.score
+    monkeypatch.setattr(RetainingHeads, "score", lambda heads, *args: (single.append(1), score(heads, *args))[1])
+    for joined in (False, True):
+        method = method_of("locret", backbone)
+        if not joined:
+            method.heads.load_state_dict({k: v.clone() for k, v in method.heads.state_dict().items()}, assign=True)
+        single.clear()
+        ends.append((*decode(backbone, method, config, text[:, :40], text[:, 40:], graph=True), len(single)))
+    layers = backbone.num_layers
+    assert ends[0][2] - ends[1][2] == 5 * layers  # before each of four evictions, and at the end
+    torch.testing.assert_close(ends[0][0], ends[1][0])
+    for one, other in zip(ends[0][1].layers, ends[1][1].layers, strict=True):
+        mine, theirs = one.units().tensors(), other.units().tensors()
+        assert all(torch.allclose(mine[name].float(), theirs[name].float(), atol=1e-5) for name in mine)
 
 
 @pytest.mark.parametrize("storage", ["dense", "int8", "int4"])

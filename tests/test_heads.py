@@ -79,6 +79,39 @@ def test_scores_equal_an_independent_reading(layout):
             torch.testing.assert_close(got.double(), want, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_all_layers_at_once_score_as_one_by_one(dtype, activation):
+    q, k, v = (torch.stack([x, -x]) for x in qkv(dtype=dtype))
+    heads = make(activation=activation).to(dtype).requires_grad_(False)
+    with torch.no_grad():
+        for weight in heads.parameters():
+            weight.mul_(10)
+    before = {name: weight.clone() for name, weight in heads.state_dict().items()}
+    assert heads.score_layers(q, k, v) is None
+    got = heads.join_layers().score_layers(q, k, v)
+    want = torch.stack([heads.score(layer, q[layer], k[layer], v[layer]) for layer in range(2)])
+    assert got.dtype == torch.float32
+    assert (got - want).norm() <= (1e-6 if dtype == torch.float64 else 1e-2) * want.norm()
+    assert all(torch.equal(weight, before[name]) for name, weight in heads.state_dict().items())
+
+
+def test_layers_that_are_not_joined_score_one_by_one(tmp_path):
+    """Weights that were moved since, that are of other layers, or inputs that only a layer's pass has."""
+    q, k, v = (torch.stack([x, -x]) for x in qkv())
+    heads = make().join_layers()
+    assert heads.score_layers(q, k, v) is not None
+    heads.save_pretrained(tmp_path)
+    saved = RetainingHeads.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(weight, saved[name]) for name, weight in heads.state_dict().items())
+    assert heads.to(torch.float64).score_layers(q, k, v) is None
+    swapped = make().join_layers()
+    swapped.layers[0], swapped.layers[1] = swapped.layers[1], swapped.layers[0]
+    assert swapped.score_layers(q, k, v) is None
+    hidden = make(input="hidden", backbone={"hidden_size": 24}).join_layers()
+    assert hidden.score_layers(q, k, v) is None
+
+
 def test_a_score_depends_on_its_own_token_only():
     q, k, v = qkv()
     before = make().score(0, q, k, v)

@@ -78,7 +78,7 @@ class LLM:
         if heads is not None and wants_heads(method, chosen.get("base")):
             loaded = heads if isinstance(heads, RetainingHeads) else RetainingHeads.from_pretrained(heads)
             loaded.check(backbone)
-            loaded = loaded.to(device=backbone.device, dtype=backbone.dtype).eval()
+            loaded = loaded.to(device=backbone.device, dtype=backbone.dtype).eval().join_layers()
         return cls(backbone, get_method(method, heads=loaded, **chosen), config or CacheConfig())
 
     def generate(

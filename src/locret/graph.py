@@ -170,22 +170,44 @@ def write(backbone: Backbone, method: Method, cache: KVCache, pending: int, stas
         stash: what they are scored by; None: they are not.
     Returns: whether all scores are finite, bool [], on the device.
     """
-    first = cache.seen - pending
-    at, scores = torch.arange(first, cache.seen, device=backbone.device, dtype=torch.int32), list[Tensor]()
+    first, whole = cache.seen - pending, cache.whole()
+    at = torch.arange(first, cache.seen, device=backbone.device, dtype=torch.int32)
     # the device waits for the host here, so that little is done layer by layer
-    units = [held.slab[slice(held.held - pending, held.held)].tensors() for held in cache.layers]
+    parts = cache.layers if whole is None else [whole]
+    units = [held.slab[slice(held.held - pending, held.held)].tensors() for held in parts]
     position, protected, score = ([own[name] for own in units] for name in ("position", "protected", "score"))
-    torch._foreach_copy_(position, [at.expand_as(position[0])] * len(units))
+    torch._foreach_copy_(position, [at.expand_as(x) for x in position])
     torch._foreach_zero_([*protected, *(own["state"] for own in units if own["state"].numel())])
     if stash is None:
         torch._foreach_zero_(score)
         return torch.ones((), dtype=torch.bool, device=backbone.device)
-    for layer, own in enumerate(units):
-        q, *exact = (x[:, :, :pending] for x in stash.layer(layer))
-        k, v = exact or (own["k"], own["v"])
-        scores.append(method.score(ChunkView(layer, q, k, v, first, backbone.calls[layer].scale)))
-    torch._foreach_copy_(score, scores)
-    return finite(torch.stack([most.to(at.device) for most in torch._foreach_norm(scores, math.inf)]))
+    scores = _scores(backbone, method, stash, units, pending, first)
+    if whole is not None:
+        scores = [scores.flatten(0, 1) if isinstance(scores, Tensor) else torch.cat(scores)]
+    torch._foreach_copy_(score, list(scores))
+    return finite(torch.stack([most.to(at.device) for most in torch._foreach_norm(list(scores), math.inf)]))
+
+
+def _scores(
+    backbone: Backbone, method: Method, stash: Stash, units: Sequence[dict[str, Tensor]], pending: int, first: int
+) -> Tensor | list[Tensor]:
+    """Scores of the pending units, [L, B, Hkv, n], or a list of [B, Hkv, n].
+
+    Args:
+        units: of every layer, or of all as one.
+        first: position of the first.
+    """
+    q, *exact = (x[:, :, :, :pending] for x in stash.tensors)
+    k, v = exact or ([own[name] for own in units] for name in ("k", "v"))
+    if not exact and len(units) == 1:
+        k, v = (own[0].unflatten(0, (-1, q.shape[1])) for own in (k, v))
+    found = method.score_layers(q, k, v) if isinstance(k, Tensor) and isinstance(v, Tensor) else None
+    if found is not None:
+        return found
+    return [
+        method.score(ChunkView(layer, q[layer], k[layer], v[layer], first, call.scale))
+        for layer, call in enumerate(backbone.calls)
+    ]
 
 
 def codec_of(held: LayerCache) -> Affine | None:

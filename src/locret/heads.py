@@ -215,6 +215,39 @@ class RetainingHeads(nn.Module):
         scores: Tensor = self.layers[layer](HeadInput(q, k, v, hidden), self.compute_dtype, self.shard)
         return scores
 
+    def score_layers(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+        """`score` of all layers at once: q [L, B, Hq, T, D], k, v [L, B, Hkv, T, D] -> fp32 [L, B, Hkv, T].
+
+        None where that cannot be: weights that were not laid together (`join_layers`), other inputs, a share of the
+        heads. A few launches instead of several a layer: for few tokens launching is what takes the time.
+        """
+        if self.wants_hidden or self.shard.size > 1 or self.compute_dtype is not None:
+            return None
+        fc1, fc2 = (_joined(weights) for weights in self._weights())
+        if fc1 is None or fc2 is None:
+            return None
+        layers, batch, _, length, _ = q.shape
+        rows = [x.transpose(2, 3).reshape(layers, batch * length, -1).to(fc1.dtype) for x in (q, k, v)]
+        columns = fc1.mT.split([x.shape[2] for x in rows], dim=1)
+        hidden = torch.bmm(rows[0], columns[0])  # [L, B T, d_R]
+        for x, weight in zip(rows[1:], columns[1:], strict=True):
+            hidden = hidden.baddbmm_(x, weight)
+        scores = self.layers[0].act(hidden).float() @ fc2.float().mT  # type: ignore[operator]  # [L, B T, Hkv]
+        return scores.unflatten(1, (batch, length)).transpose(2, 3)
+
+    def join_layers(self) -> RetainingHeads:
+        """Lay the weights of all layers together, for `score_layers`; returns self. Moving them undoes it."""
+        for weights in self._weights():
+            if _joined(weights) is None and len({(weight.device, weight.dtype) for weight in weights}) == 1:
+                for weight, own in zip(weights, torch.stack([weight.detach() for weight in weights]), strict=True):
+                    weight.data = own
+        return self
+
+    def _weights(self) -> tuple[list[Tensor], list[Tensor]]:
+        """fc1 and fc2 of every layer."""
+        heads: list[RetainingHead] = list(self.layers)  # type: ignore[arg-type]
+        return [head.fc1.weight for head in heads], [head.fc2.weight for head in heads]
+
     @property
     def wants_hidden(self) -> bool:
         """Whether they read hidden states."""
@@ -353,6 +386,18 @@ def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     """[B, H, T, D] -> [B T, H D]; a view when the memory is laid out [B, T, H, D], as a projection's output is."""
     batch, heads, length, dim = x.shape
     return x.transpose(1, 2).reshape(batch * length, heads * dim).to(dtype)
+
+
+def _joined(weights: list[Tensor]) -> Tensor | None:
+    """One tensor [L, ...] of equal weights that lie one behind the other in the same memory; None: they do not."""
+    first = weights[0]
+    memory, start, size = first.untyped_storage().data_ptr(), first.storage_offset(), first.numel()
+    for i, weight in enumerate(weights):
+        if weight.untyped_storage().data_ptr() != memory or weight.storage_offset() != start + i * size:
+            return None
+        if weight.dtype != first.dtype or not weight.is_contiguous():
+            return None
+    return first.detach().as_strided((len(weights), *first.shape), (size, *first.stride()))
 
 
 def _one_of(name: str, value: object, valid: Any) -> None:

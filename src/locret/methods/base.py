@@ -86,6 +86,13 @@ class Method:
         """Scores of the new units, fp32 [B, Hkv, C], or of all S units when `rescoring`; higher is kept."""
         raise NotImplementedError
 
+    def score_layers(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+        """`score` of all layers at once, for methods that are `per_token` and do not read `start`; None: one by one.
+
+        q [L, B, Hq, T, D], k and v [L, B, Hkv, T, D], before RoPE. Returns: fp32 [L, B, Hkv, T].
+        """
+        return None
+
     def score_tokens(self, old: Tensor, surprisal: Tensor, *, evicting: bool) -> Tensor:
         """Scores of all units from what the model made of the chunk's tokens. old [B, Hkv, P]; surprisal [B, C], nats.
 
@@ -308,6 +315,9 @@ class Wrapped(Method):
 
     def score(self, view: ChunkView) -> Tensor:
         return self.scores.score(view)
+
+    def score_layers(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+        return self.scores.score_layers(q, k, v)
 
 
 def _with_base(cls: type[Wrapped], heads: RetainingHeads | None, options: dict[str, Any]) -> dict[str, Any]:

@@ -28,3 +28,6 @@ class Locret(Method):
 
     def score(self, view: ChunkView) -> Tensor:
         return self.heads.score(view.layer, view.q, view.k, view.v, view.hidden)
+
+    def score_layers(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+        return self.heads.score_layers(q, k, v)
