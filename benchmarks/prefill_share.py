@@ -38,6 +38,8 @@ from locret.kernels.compact import Candidates
 from locret.methods.base import ChunkView, Method
 from locret.prefill import ChunkPass, Reader
 
+WATCHED = 6  # chunks behind a full cache that do not count: by then those that follow have been recorded, if they are
+
 
 @dataclass(frozen=True)
 class Unscored(Method):
@@ -59,12 +61,12 @@ def clock(device: torch.device) -> float:
 
 
 def chunk_seconds(llm: LLM, method: Method, prompt: int) -> float:
-    """Seconds a chunk, of those that come when every layer is full; launching one overlaps with the one before."""
+    """Seconds a chunk, of those that come after every layer is full; launching one overlaps with the one before."""
     vocab, device = llm.backbone.model.config.vocab_size, llm.backbone.device
     ids = torch.randint(10, vocab, (1, prompt), generator=torch.Generator().manual_seed(0))
     reader = Reader.start(llm.backbone, method, llm.config, batch=1, prompt_len=prompt, new_tokens=1)
     size, budget = reader.cache.chunk_size, reader.plan.budget or 0
-    first = (budget // size + 2) * size
+    first = (budget // size + 2 + WATCHED) * size
     last = (prompt - reader.plan.local_window - 1) // size * size
     if last <= first:
         raise SystemExit(f"a prompt of {prompt} tokens has no chunks of {size} behind a full cache; give a longer one")
@@ -81,6 +83,7 @@ def untended() -> Iterator[None]:
     """Within it nothing is chosen and nothing moved when a layer is full, so that new units are forgotten."""
 
     def keep(chunk: ChunkPass, view: ChunkView, old: Candidates, new: Candidates) -> torch.Tensor:
+        chunk.sound.append(new.score[..., 0])  # every pass has a look at its scores
         return old.score.new_empty(old.score.shape, dtype=torch.int64)
 
     with patch.object(ChunkPass, "_keep", keep), patch.object(LayerCache, "keep", lambda held, keep: None):

@@ -316,7 +316,7 @@ class LayerCache:
     _joined: Units | None = field(default=None, repr=False)  # old units and the chunk's, between append and keep
     _source: Units | Packed | None = field(default=None, repr=False)  # the same, as stored
     _queries: Tensor | None = field(default=None, repr=False)  # of the chunk, for stores that choose by them
-    _beside: Units | Packed | None = field(default=None, repr=False)  # a chunk that was not joined, until `keep`
+    _beside: list[Column] | None = field(default=None, repr=False)  # held units and a chunk's beside them, until `keep`
 
     def watch(self, q: Tensor) -> None:
         """The chunk's queries before RoPE, [B, Hq, C, D], for the time until its units are settled."""
@@ -398,8 +398,8 @@ class LayerCache:
         Returns: the held units, decoded; and the chunk as the slab will hold it.
         """
         assert not self.ages, "units that are encoded later are joined with the others"
-        self._beside = self.slab.encoded(new) if isinstance(self.slab, Packed) else new
-        return self.slab[slice(0, self.held)].units(), self._beside
+        stored = self.slab.encoded(new) if isinstance(self.slab, Packed) else new
+        return self._lay(stored).units(), stored
 
     @property
     def ages(self) -> bool:
@@ -421,7 +421,7 @@ class LayerCache:
     def keep(self, keep: Tensor) -> None:
         """Of the appended units only those at `keep` [B, Hkv, b] stay."""
         if self._beside is not None:
-            compact(self._columns(self._beside), keep)
+            compact(self._beside, keep)
             self.evicted = True
             self._done(keep.shape[-1])
             return
@@ -466,9 +466,7 @@ class LayerCache:
 
         Of units in codes only where each is encoded once and for all (not `Tailed`).
         """
-        held = self.slab[slice(0, self.held)]
-        self._beside = held[slice(0, 0)]  # nothing is new: what stays moves up in place
-        return held.tensors()
+        return self._lay(None).tensors()  # nothing is new: what stays moves up in place
 
     @property
     def heads(self) -> int:
@@ -476,11 +474,15 @@ class LayerCache:
 
     def compact_bytes(self, keep: int) -> int:
         """Memory that keeping so many of the units beside each other takes for a moment."""
-        return 0 if self._beside is None else compact_scratch(self._columns(self._beside), keep)
+        return 0 if self._beside is None else compact_scratch(self._beside, keep)
 
-    def _columns(self, new: Units | Packed) -> list[Column]:
-        slab, theirs = self.slab.tensors(), new.tensors() if len(new) else {}
-        return [Column(mine[:, :, : self.held], theirs.get(name), mine) for name, mine in slab.items() if mine.numel()]
+    def _lay(self, new: Units | Packed | None) -> Units | Packed:
+        """Have `keep` choose among the held units, which are returned, and new ones."""
+        held = self.slab[slice(0, self.held)]
+        mine, theirs = held.tensors(), {} if new is None else new.tensors()
+        slab = self.slab.tensors().items()
+        self._beside = [Column(mine[name], theirs.get(name), whole) for name, whole in slab if whole.numel()]
+        return held
 
     def _done(self, held: int) -> None:
         self.held, self._source, self._joined, self._beside, self._queries = held, None, None, None, None

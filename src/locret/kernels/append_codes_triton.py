@@ -17,6 +17,7 @@ from torch import Tensor
 
 from locret.kernels.decode_attention import Codes
 from locret.kernels.scattered_triton import first_codes
+from locret.kernels.sizes import next_power_of_2
 
 
 @triton.jit
@@ -121,7 +122,7 @@ def append_codes_triton(
         slot, heads,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *k_slab.codes.stride()[:3], *k_slab.scale.stride()[:3],
         *v_slab.codes.stride()[:3], *v_slab.scale.stride()[:3], *places[0].stride()[:3], *places[1].stride()[:3],
-        G=q.shape[1] // heads, DIM=dim, BLOCK=triton.next_power_of_2(dim), BITS=k_slab.bits, GROUP=group,
-        BLOCK_G=triton.next_power_of_2(dim // group), BLOCK_C=triton.next_power_of_2(group),
-        BLOCK_B=triton.next_power_of_2(dim * k_slab.bits // 8), STASH=stash is not None, num_warps=1,
+        G=q.shape[1] // heads, DIM=dim, BLOCK=next_power_of_2(dim), BITS=k_slab.bits, GROUP=group,
+        BLOCK_G=next_power_of_2(dim // group), BLOCK_C=next_power_of_2(group),
+        BLOCK_B=next_power_of_2(dim * k_slab.bits // 8), STASH=stash is not None, num_warps=1,
     )  # fmt: skip

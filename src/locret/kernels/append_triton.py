@@ -11,6 +11,7 @@ from torch import Tensor
 
 from locret.kernels.scattered import Scattered
 from locret.kernels.scattered_triton import pointer_at
+from locret.kernels.sizes import next_power_of_2
 
 
 @triton.jit
@@ -55,6 +56,6 @@ def append_triton(
     _append[(batch * heads,)](
         q, k, v, k_slab, v_slab, at, place, slot, heads,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *k_steps, *v_steps, *place.stride()[:3],
-        G=q.shape[1] // heads, DIM=dim, BLOCK=triton.next_power_of_2(dim), STASH=stash is not None,
+        G=q.shape[1] // heads, DIM=dim, BLOCK=next_power_of_2(dim), STASH=stash is not None,
         SCATTERED=scattered, num_warps=1,
     )  # fmt: skip

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from locret.kernels.compact import Candidates, Column, in_place
+from locret.kernels.sizes import cdiv, next_power_of_2
 
 HELD = 32_768  # keys of one row in registers: 32 a thread
 WALK = 8192  # keys at once while kept units are written
@@ -163,7 +164,7 @@ def _numbers(tensors: list[Tensor]) -> tuple[Tensor, ...]:
 
 def kept_blocks(s: int) -> tuple[int, int]:
     """Units of a block and warps of a program for rows of `s` units."""
-    block = min(max(triton.next_power_of_2(s), 128), HELD)
+    block = min(max(next_power_of_2(s), 128), HELD)
     return block, min(max(block // 1024, 4), 32)
 
 
@@ -207,25 +208,35 @@ def _move(
 
 def compact_triton(columns: list[Column], keep: Tensor) -> None:
     """`compact` in one launch. All columns are in place or none is; all have new units or none has."""
-    moved = [_flat(column) for column in columns if column.out.numel()]
-    same = {in_place(column) for column in moved}
-    fresh = {column.new is not None for column in moved}
-    assert len(same) == len(fresh) == 1, "columns of one table"
     keep = keep.contiguous()
     rows, heads, b = keep.shape[0] * keep.shape[1], keep.shape[1], keep.shape[2]
-    news = [column.old if column.new is None else column.new for column in moved]
-    tiles = [move_tile(column.out.shape[3], column.out.element_size(), place=True in same) for column in moved]
-    first = [0]
-    for column, (slice_, _) in zip(moved, tiles):
-        first.append(first[-1] + triton.cdiv(column.out.shape[3], slice_))
-    blocks = 1 if True in same else triton.cdiv(b, min(block for _, block in tiles))
-    _move[(rows, first[-1], blocks)](
-        tuple(column.old for column in moved), tuple(news), tuple(column.out for column in moved),
-        tuple((*column.old.stride()[:3], *new.stride()[:3], *column.out.stride()[:3])
-              for column, new in zip(moved, news)),
-        keep, heads, b, moved[0].old.shape[2],
-        WIDTHS=tuple(column.out.shape[3] for column in moved), SLICES=tuple(slice_ for slice_, _ in tiles),
-        BLOCKS=tuple(block for _, block in tiles), FIRST=tuple(first), IN_PLACE=True in same, NEW=True in fresh,
+    held = columns[0].old.shape[2]
+    olds, news, outs, strides, widths, slices, blocks, first = [], [], [], [], [], [], [], [0]
+    places, fresh = set(), set()
+    for column in columns:
+        out = column.out
+        if not out.numel():
+            continue
+        places.add(in_place(column))
+        fresh.add(column.new is not None)
+        old, out = _flat(column.old), _flat(out)
+        new = old if column.new is None else _flat(column.new)
+        assert out.data_ptr() == column.out.data_ptr(), "a unit's numbers lie together in the slab"
+        width = out.shape[3] if out.dim() == 4 else 1
+        slice_, block = move_tile(width, out.element_size(), place=True in places)
+        olds.append(old)
+        news.append(new)
+        outs.append(out)
+        strides.append((*old.stride()[:3], *new.stride()[:3], *out.stride()[:3]))
+        widths.append(width)
+        slices.append(slice_)
+        blocks.append(block)
+        first.append(first[-1] + cdiv(width, slice_))
+    assert len(places) == len(fresh) == 1, "columns of one table"
+    _move[(rows, first[-1], 1 if True in places else cdiv(b, min(blocks)))](
+        tuple(olds), tuple(news), tuple(outs), tuple(strides), keep, heads, b, held,
+        WIDTHS=tuple(widths), SLICES=tuple(slices), BLOCKS=tuple(blocks), FIRST=tuple(first),
+        IN_PLACE=True in places, NEW=True in fresh,
         num_warps=8, num_stages=1,  # one stage: no load of the next block may pass this block's barrier
     )  # fmt: skip
 
@@ -233,19 +244,13 @@ def compact_triton(columns: list[Column], keep: Tensor) -> None:
 def move_tile(width: int, element_size: int, *, place: bool) -> tuple[int, int]:
     """Channels and units of a block: in place thin slices of many units, as only one program may walk them."""
     most = max(1, (SLICE_BYTES if place else 256) // element_size)
-    slice_ = min(triton.next_power_of_2(width), most)
+    slice_ = min(next_power_of_2(width), most)
     return slice_, max(16, min(1024, TILE_BYTES // (slice_ * element_size)))
 
 
-def _flat(column: Column) -> Column:
-    """Three leading axes and one of numbers; flags as bytes. Views only: `out` is written."""
-
-    def view(x: Tensor) -> Tensor:
-        x = x.view(torch.uint8) if x.dtype == torch.bool else x
-        x = x[..., None] if x.dim() == 3 else x.flatten(3)
-        return x if x.shape[3] == 1 or x.stride(3) == 1 else x.contiguous()
-
-    old, new, out = column
-    flat = view(out)
-    assert flat.data_ptr() == out.data_ptr(), "a unit's numbers lie together in the slab"
-    return Column(view(old), None if new is None else view(new), flat)
+def _flat(x: Tensor) -> Tensor:
+    """Three axes, or a fourth of numbers that lie together; flags as bytes. A view, if x is laid out so."""
+    x = x.view(torch.uint8) if x.dtype == torch.bool else x
+    if x.dim() > 4:
+        x = x.flatten(3)
+    return x if x.dim() == 3 or x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()

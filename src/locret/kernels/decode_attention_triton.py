@@ -28,6 +28,7 @@ from locret.kernels.decode_attention import Angles, Codes, Slab, Span
 from locret.kernels.decode_codes_triton import REGISTERS, fits, per_multiprocessor, split_codes, splits_of
 from locret.kernels.scattered import Scattered
 from locret.kernels.scattered_triton import first_codes, pointer_at
+from locret.kernels.sizes import cdiv, next_power_of_2
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # its dot multiplies the bits of bf16 as if they were numbers
 LONGEST_STRETCH = 1024
@@ -224,7 +225,7 @@ class Tile:
 
 def default_tile(dim: int, element_size: int, *, coded: bool = False) -> Tile:
     """At most 16 KB of keys at once; as they are, two further blocks are on their way meanwhile."""
-    return Tile(64 if triton.next_power_of_2(dim) * element_size <= 256 else 32, stages=2 if coded else 3)
+    return Tile(64 if next_power_of_2(dim) * element_size <= 256 else 32, stages=2 if coded else 3)
 
 
 def codes_tile(dim: int, bits: int) -> Tile:
@@ -254,7 +255,7 @@ def decode_attention_triton(
         )  # fmt: skip
     cut = k.stretch if isinstance(k, Scattered) else None
     stretch = tile.stretch or cut or _stretch(slots, batch * heads, tile.slots, q.device)
-    splits = triton.cdiv(slots, stretch)
+    splits = cdiv(slots, stretch)
     if coded is not None and not tile.stretch:
         at_once = per_multiprocessor(tile.warps, tile.registers) * _processors(q.device)
         splits = splits_of(slots, batch * heads, tile.slots, at_once)
@@ -284,8 +285,8 @@ def decode_attention_triton(
             *((0, 0) if bias is None else bias.stride()[:2]), 0 if cos is None else cos.stride(0),
             **fixed, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    block_d = triton.next_power_of_2(dim)
-    at_once = min(max(triton.next_power_of_2(splits), 16), max(MERGED // block_d, 16))
+    block_d = next_power_of_2(dim)
+    at_once = min(max(next_power_of_2(splits), 16), max(MERGED // block_d, 16))
     _merge[(batch * num_q * t,)](
         part, lse, out, splits, ROWS=rows, DIM=dim, BLOCK_D=block_d, BLOCK_S=at_once,
         num_warps=4 if at_once * block_d <= 4096 else 8,
@@ -300,11 +301,11 @@ def constants(dim: int, groups: int, t: int, block: int, k: Slab, angles: Angles
     rest = 0 if angles is None else dim - 2 * pairs
     bits = k.bits if isinstance(k, Codes) else 0
     group = dim // k.scale.shape[3] if isinstance(k, Codes) else 1
-    block_v = max(16, triton.next_power_of_2((dim + 1) // 2))
+    block_v = max(16, next_power_of_2((dim + 1) // 2))
     return dict(
-        T=t, G=groups, M=max(16, triton.next_power_of_2(groups * t)), DIM=dim, PAIRS=pairs,
+        T=t, G=groups, M=max(16, next_power_of_2(groups * t)), DIM=dim, PAIRS=pairs,
         PAIR_STEP=2 if interleaved else 1, SECOND=1 if interleaved else pairs, REST=rest,
-        BLOCK_P=max(16, triton.next_power_of_2(pairs)), BLOCK_R=max(16, triton.next_power_of_2(rest)),
+        BLOCK_P=max(16, next_power_of_2(pairs)), BLOCK_R=max(16, next_power_of_2(rest)),
         BLOCK_V=block_v, BLOCK_N=block,
         BITS=bits, GROUP=group, BYTES=dim * max(bits, 1) // 8 or 1,
     )  # fmt: skip
@@ -312,8 +313,8 @@ def constants(dim: int, groups: int, t: int, block: int, k: Slab, angles: Angles
 
 def _stretch(slots: int, heads: int, block: int, device: torch.device) -> int:
     """Two programs a multiprocessor; with many heads more, so that the last ones do not run alone for long."""
-    wanted = triton.cdiv(2 * _processors(device), heads)
-    return min(triton.cdiv(triton.cdiv(slots, wanted), block) * block, LONGEST_STRETCH)
+    wanted = cdiv(2 * _processors(device), heads)
+    return min(cdiv(cdiv(slots, wanted), block) * block, LONGEST_STRETCH)
 
 
 @functools.cache

@@ -39,6 +39,7 @@ from torch import Tensor
 
 from locret.kernels.decode_attention import Angles, Codes, Slab, Span
 from locret.kernels.scattered_triton import first_codes
+from locret.kernels.sizes import cdiv, next_power_of_2
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then there is no PTX
 HEAD_DIMS = (64, 128, 256)
@@ -441,10 +442,10 @@ def _lanes_of(dim: int) -> tuple[int, int]:
 
 def splits_of(slots: int, heads: int, block: int, at_once: int) -> int:
     """Programs of a head: of as many rounds as it takes, `at_once` of them run, all rounds full."""
-    blocks, rounds = triton.cdiv(slots, block), 1
+    blocks, rounds = cdiv(slots, block), 1
     while True:
         splits = min(blocks, max(1, at_once * rounds // heads))
-        if triton.cdiv(blocks, splits) * block <= max(LONGEST_STRETCH, block):
+        if cdiv(blocks, splits) * block <= max(LONGEST_STRETCH, block):
             return splits
         rounds += 1
 
@@ -464,7 +465,7 @@ def constants(
 ) -> dict[str, int | bool | str | None]:
     """What `_split_codes` is compiled for. block: slots at once. subtracts: the device's capability is 9.0 or more."""
     lanes, words = _lanes_of(dim)
-    rows = max(8, triton.next_power_of_2(groups * t))
+    rows = max(8, next_power_of_2(groups * t))
     columns = rows == 8
     programs = dict(K_PROGRAM=PROGRAMS[k.bits, rotated, subtracts], V_PROGRAM=PROGRAMS[k.bits, False, False])
     return dict(

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from locret.kernels.sizes import cdiv, next_power_of_2
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # its dot multiplies the bits of bf16 as if they were numbers
 
 
@@ -53,7 +55,7 @@ def label_max_triton(rows: Tensor, keys: Tensor, scale: float, out: Tensor | Non
     if out is None:
         out = torch.empty(batch, num_kv, num_keys, dtype=torch.float32, device=rows.device)
     block_d, block_k, block_r = block_sizes(dim, rows.element_size())
-    grid = (triton.cdiv(num_keys, block_k), batch * num_kv)
+    grid = (cdiv(num_keys, block_k), batch * num_kv)
     _label_max[grid](
         rows, keys, out, num_rows, num_keys, num_kv, scale, *rows.stride(), *keys.stride(),
         GROUP=num_q // num_kv, DIM=dim, BLOCK_D=block_d, BLOCK_K=block_k, BLOCK_R=block_r,
@@ -64,7 +66,7 @@ def label_max_triton(rows: Tensor, keys: Tensor, scale: float, out: Tensor | Non
 
 def block_sizes(dim: int, element_size: int) -> tuple[int, int, int]:
     """Head dim padded, keys and rows of a block: at most 32 KB of keys on the chip."""
-    block_d = max(16, triton.next_power_of_2(dim))
+    block_d = max(16, next_power_of_2(dim))
     row_bytes = block_d * element_size
     block_k = 128 if row_bytes <= 256 else 64 if row_bytes <= 512 else 32
     return block_d, block_k, 64 if row_bytes <= 256 else 32

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from locret.kernels.linear import Norm
+from locret.kernels.sizes import cdiv, next_power_of_2
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def project_triton(
     tile = tile or default_tile(sum(sizes), e, two=False)
     blocks, offsets = [0], [0]
     for size in sizes:
-        blocks.append(blocks[-1] + triton.cdiv(size, tile.n))
+        blocks.append(blocks[-1] + cdiv(size, tile.n))
         offsets.append(offsets[-1] + size)
     if out is None:
         out = torch.empty(1, offsets[-1], dtype=x.dtype, device=x.device)
@@ -130,7 +131,7 @@ def gated_triton(
     tile = tile or default_tile(len(gate), e, two=True)
     if out is None:
         out = torch.empty(1, len(gate), dtype=x.dtype, device=x.device)
-    _gated[(triton.cdiv(len(gate), tile.n),)](
+    _gated[(cdiv(len(gate), tile.n),)](
         x, gate, gate.stride(0), up, up.stride(0), x if norm is None else norm.weight, out, e, len(gate),
         0.0 if norm is None else norm.eps, **_constants(norm, tile),
     )  # fmt: skip
@@ -158,7 +159,7 @@ def rms_norm_triton(x: Tensor, norm: Norm) -> Tensor:
     if flat.stride(-1) != 1 or (x.dim() > 3 and flat.data_ptr() != x.data_ptr()):
         flat = flat.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    block = triton.next_power_of_2(e)
+    block = next_power_of_2(e)
     _rms_norm[(x.numel() // e,)](
         flat, flat.stride(0), flat.stride(-2) if x.dim() > 2 else 0, norm.weight, out, heads, e, norm.eps,
         BLOCK=block, num_warps=min(8, max(1, block // 512)),
@@ -179,7 +180,7 @@ def _silu_mul(gate_ptr, up_ptr, count, BLOCK: tl.constexpr):
 def silu_mul_triton(gate: Tensor, up: Tensor) -> Tensor:
     """`silu_mul`, over `gate`; both contiguous."""
     assert gate.is_contiguous(), "written in place"
-    _silu_mul[(triton.cdiv(gate.numel(), 4096),)](gate, up.contiguous(), gate.numel(), BLOCK=4096, num_warps=8)
+    _silu_mul[(cdiv(gate.numel(), 4096),)](gate, up.contiguous(), gate.numel(), BLOCK=4096, num_warps=8)
     return gate
 
 
@@ -201,9 +202,9 @@ def silu_scores_triton(x: Tensor, weight: Tensor, tokens: int) -> Tensor:
     """`silu_scores`."""
     rows, e = x.shape
     out = torch.empty(rows // tokens, len(weight), tokens, dtype=torch.float32, device=x.device)
-    wide = triton.next_power_of_2(e)
+    wide = next_power_of_2(e)
     block = max(1, 8192 // wide)
-    _silu_scores[(triton.cdiv(rows, block),)](
+    _silu_scores[(cdiv(rows, block),)](
         x, weight, weight.stride(0), out, rows, tokens, e, N=len(weight), BLOCK_M=block, BLOCK_K=wide, num_warps=4
     )
     return out
@@ -211,7 +212,7 @@ def silu_scores_triton(x: Tensor, weight: Tensor, tokens: int) -> Tensor:
 
 def default_tile(outputs: int, inputs: int, *, two: bool) -> Tile:
     """Long rows and few outputs a program: what was fastest on an H200 at Llama-3.1-8B's shapes (docs/kernels.md)."""
-    wide = min(1024, triton.next_power_of_2(inputs))
+    wide = min(1024, next_power_of_2(inputs))
     return Tile(n=4 if two or outputs > 5000 else 8, k=wide)
 
 

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from locret.kernels.sizes import cdiv, next_power_of_2
+
 ROWS = 16
 
 
@@ -32,8 +34,8 @@ def _merge(a_ptr, b_ptr, a_lse, b_lse, heads, tokens, a_b, a_h, a_t, b_b, b_h, b
 def merge_triton(a: Tensor, b: Tensor, a_lse: Tensor, b_lse: Tensor) -> Tensor:
     """a, b [B, H, T, D], last dimension contiguous; their log-sum-exps fp32 [B, H, T]; returns `a`."""
     batch, heads, tokens, dim = a.shape
-    _merge[(triton.cdiv(tokens, ROWS), batch * heads)](
+    _merge[(cdiv(tokens, ROWS), batch * heads)](
         a, b, a_lse.contiguous(), b_lse.contiguous(), heads, tokens, *a.stride()[:3], *b.stride()[:3],
-        DIM=dim, BLOCK=triton.next_power_of_2(dim), ROWS=ROWS, num_warps=4,
+        DIM=dim, BLOCK=next_power_of_2(dim), ROWS=ROWS, num_warps=4,
     )  # fmt: skip
     return a

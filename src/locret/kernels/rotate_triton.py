@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from locret.kernels.decode_attention import Angles
+from locret.kernels.sizes import cdiv, next_power_of_2
 
 TOKENS = 32
 
@@ -47,10 +48,10 @@ def rotate_triton(x: Tensor, angles: Angles, first: int, out: Tensor) -> Tensor:
     batch, heads, tokens, dim = x.shape
     pairs = angles.cos.shape[1]
     rest = dim - 2 * pairs
-    _turn[(triton.cdiv(tokens, TOKENS), batch * heads)](
+    _turn[(cdiv(tokens, TOKENS), batch * heads)](
         x, angles.cos, angles.sin, out, heads, tokens, first, angles.cos.stride(0), *x.stride()[:3], *out.stride()[:3],
         DIM=dim, PAIRS=pairs, STEP=2 if angles.interleaved else 1, SECOND=1 if angles.interleaved else pairs,
-        BLOCK_P=triton.next_power_of_2(pairs), BLOCK_R=triton.next_power_of_2(max(1, rest)), BLOCK_T=TOKENS,
+        BLOCK_P=next_power_of_2(pairs), BLOCK_R=next_power_of_2(max(1, rest)), BLOCK_T=TOKENS,
         num_warps=4,
     )  # fmt: skip
     return out
