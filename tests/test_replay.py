@@ -139,12 +139,26 @@ def test_chunks_are_recorded_only_where_the_gpu_waits_for_the_host(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     race, lost = Race(), []
-    done += [True, True, False, True, True, True, False]  # whether the chunk before was done
-    for _ in range(8):
-        race.launched(gpu)
+    done += [True, True, False, True, True, True, False]  # whether the GPU had come to the last layer
+    race.launched()  # nothing was marked: a chunk that has no layers of ours
+    for _ in range(7):
+        race.last_layer(gpu)
+        race.launched()
         lost.append(race.lost(gpu))
-    assert lost == [False] * 6 + [True, False]
+    assert lost == [False] * 5 + [True, False]
     assert Race().lost(torch.device("cpu"))
+
+
+def test_the_last_layer_of_every_launched_chunk_is_marked(backbone, replayed, monkeypatch):
+    """And never while a chunk is recorded: its events cannot be asked."""
+    marks = []
+    monkeypatch.setattr(Race, "last_layer", lambda race, device: marks.append("layer"))
+    monkeypatch.setattr(Race, "launched", lambda race: marks.append("launched"))
+    reader = reader_of(backbone, "knorm", 400, **SMALL)
+    with torch.inference_mode():
+        reader.read(tokens(400))
+    assert replayed
+    assert marks == ["layer", "launched"] * (len(reader.edges(400, 5)) - 1 - len(replayed))
 
 
 @pytest.mark.gpu

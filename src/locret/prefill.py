@@ -402,7 +402,7 @@ class Reader:
         self.settle()
         with chunk.aside:
             out = self.backbone.run(ids, chunk, logits=ids.shape[1] if self.method.wants_surprisal else logits)
-        self._race.launched(ids.device)
+        self._race.launched()
         chunk.finish(ids, out)
         return out
 
@@ -421,10 +421,12 @@ class ChunkPass:
         self.wants_hidden = reader.method.wants_hidden
         self.sound: list[Tensor] = []  # of each layer: finite where its scores are
         self._marked: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        self.aside = Aside()  # once entered, a layer chooses and moves its units beside what follows
+        self.aside = Aside()  # once entered, a layer chooses its units beside its attention
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
         method, held = self.reader.method, self.cache.layers[layer]
+        if layer == self.reader.backbone.num_layers - 1 and self.at is None:  # nobody asks while a chunk is recorded
+            self.reader._race.last_layer(q.device)
         window = held.window
         view = ChunkView(layer, q, k, v, self.start, call.scale, call.hidden)
         if window is None and self._overflows(held, k.shape[2]) and not self.cache.joins:
@@ -463,10 +465,9 @@ class ChunkPass:
     def _attend_beside(self, held: LayerCache, view: ChunkView) -> Tensor:
         """`attend` where the layer will evict and its old units and the chunk's need not lie together.
 
-        The slab is not read again in this pass, so that what becomes of it runs aside: the choice beside the attention,
-        the move beside the matrices that follow. It is joined when the next layer comes here.
+        The choice runs aside: it takes few multiprocessors, and attention does not miss them. The move takes all of the
+        bandwidth, and beside matrices both would take longer than one after the other.
         """
-        self.aside.join()
         before, scale = held.held, view.scale
         new = self._new_units(view.k, view.v, self.reader.method.score(view))
         old, stored = held.beside(new)
@@ -482,8 +483,8 @@ class ChunkPass:
         self.cache.note_scratch(rotated + decoded + encoded)
         del old, turn
         self.cache.note_scratch(held.compact_bytes(keep.shape[-1]) + encoded)
-        with self.aside.run(new.k.device, new, stored, keep):
-            held.keep(keep)
+        self.aside.join()
+        held.keep(keep)
         return out
 
     def _keep(self, view: ChunkView, old: Candidates, new: Candidates) -> Tensor:

@@ -27,18 +27,26 @@ class Race:
     """Who waits for whom: the GPU for the host that launches chunks, or the host for the GPU that works on them."""
 
     def __init__(self) -> None:
-        self._ended: torch.cuda.Event | None = None  # the newest chunk, on the GPU
+        self._reached: torch.cuda.Event | None = None  # the last layer of the newest chunk, on the GPU
         self._idle = 0
 
-    def launched(self, device: torch.device) -> None:
-        """A chunk has been launched, and nothing was waited for since the one before."""
+    def last_layer(self, device: torch.device) -> None:
+        """The last layer of a chunk is launched next.
+
+        That the chunk before has ended when this one is launched would say nothing: a GPU's queue takes 1,024 launches,
+        a chunk is more, and so launching its end waits for the other to be over.
+        """
         if device.type == "cuda":
-            self._idle = self._idle + 1 if self._ended is not None and self._ended.query() else 0
-            self._ended = torch.cuda.Event()
-            self._ended.record(torch.cuda.current_stream(device))
+            self._reached = torch.cuda.Event()
+            self._reached.record(torch.cuda.current_stream(device))
+
+    def launched(self) -> None:
+        """All of a chunk has been launched."""
+        self._idle = self._idle + 1 if self._reached is not None and self._reached.query() else 0
 
     def lost(self, device: torch.device) -> bool:
-        """Whether the GPU was idle each time one of the last three chunks had been launched; without a GPU: yes.
+        """Whether the GPU had come to the last layer each time one of the last three chunks had just been launched;
+        without a GPU: yes.
 
         Three: the first chunk of a shape takes the host longer, kernels are chosen and compiled.
         """
