@@ -1,7 +1,7 @@
 """How much of a chunk's time in prefill is matrix products and attention, which nothing could do without.
 
-    python benchmarks/prefill_share.py          one GPU, Llama-3.1-8B's shape, about 40 seconds
-    python benchmarks/prefill_share.py --shape 2x64x96x4x2x264 --budget 96 --prompt 600 --repeats 1 --output x.json
+    python benchmarks/prefill_share.py          one GPU, Llama-3.1-8B's shape, about a minute
+    python benchmarks/prefill_share.py --shape 2x64x96x4x2x264 --budget 96 --prompt 5000 --repeats 1 --output x.json
 
 In one process, taking turns, so that all meet the same clocks:
 

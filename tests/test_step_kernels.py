@@ -4,6 +4,7 @@ Each against its torch path in float64, on inputs that lie inside larger memory,
 interpreter here, on the device with `-m gpu`.
 """
 
+import math
 import os
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from triton_programs import compile_only, interpret
 
 from locret.graph import codes
-from locret.kernels import append, attention, linear, rotate
+from locret.kernels import append, attention, linear, rotate, sizes
 from locret.kernels.append_codes import append_codes
 from locret.kernels.decode_attention import Angles, Codes
 from locret.kernels.linear import Norm
@@ -267,3 +268,9 @@ def test_the_kernels_on_a_gpu(group, monkeypatch):
     monkeypatch.setattr("test_step_kernels.DEVICE", "cuda")
     found = group()
     assert {name: round(share, 2) for name, share in found.items() if not share <= 2} == {}
+
+
+def test_sizes_of_launches_are_triton_s():
+    """Their own functions do the same and take ten times as long on the host."""
+    assert [sizes.next_power_of_2(n) for n in range(1, 10)] == [1, 2, 4, 4, 8, 8, 8, 8, 16]
+    assert all(sizes.cdiv(x, y) == math.ceil(x / y) for x in range(20) for y in range(1, 8))
