@@ -12,11 +12,12 @@ import torch
 from triton_programs import compile_only, interpret
 
 from locret.graph import codes
-from locret.kernels import append, attention, linear, rotate, sizes
+from locret.kernels import append, attention, linear, rotate
 from locret.kernels.append_codes import append_codes
 from locret.kernels.decode_attention import Angles, Codes
 from locret.kernels.linear import Norm
 from locret.kernels.scattered import Scattered, addresses
+from locret.kernels.sizes import cdiv, next_power_of_2
 from locret.storage import Affine
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
@@ -272,5 +273,5 @@ def test_the_kernels_on_a_gpu(group, monkeypatch):
 
 def test_sizes_of_launches_are_triton_s():
     """Their own functions do the same and take ten times as long on the host."""
-    assert [sizes.next_power_of_2(n) for n in range(1, 10)] == [1, 2, 4, 4, 8, 8, 8, 8, 16]
-    assert all(sizes.cdiv(x, y) == math.ceil(x / y) for x in range(20) for y in range(1, 8))
+    assert [next_power_of_2(n) for n in range(1, 10)] == [1, 2, 4, 4, 8, 8, 8, 8, 16]
+    assert all(cdiv(x, y) == math.ceil(x / y) for x in range(20) for y in range(1, 8))
