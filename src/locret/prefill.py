@@ -465,8 +465,8 @@ class ChunkPass:
     def _attend_beside(self, held: LayerCache, view: ChunkView) -> Tensor:
         """`attend` where the layer will evict and its old units and the chunk's need not lie together.
 
-        The choice runs aside: it takes few multiprocessors, and attention does not miss them. The move wants them all, and
-        beside the matrices that follow both take longer (docs/bench.md).
+        The choice runs aside: it takes few multiprocessors, and attention does not miss them. The move wants them all,
+        and beside the matrices that follow both take longer (docs/bench.md).
         """
         before, scale = held.held, view.scale
         new = self._new_units(view.k, view.v, self.reader.method.score(view))
