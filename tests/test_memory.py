@@ -103,14 +103,16 @@ def test_modules_take_what_is_estimated(shape: tuple[Any, ...], chunk: int, mega
 def test_the_recorded_peak_of_llama_8b_is_below_the_plan_s_and_near_it() -> None:
     """Our own walk through the layers takes half of what the modules do or less; the heads' and cuBLAS's 0.1 GB are
     weights and runtime of the plan."""
-    recorded = json.loads((ROOT / "benchmarks" / "results" / "bench-h200.json").read_text())["runs"][0]["rows"][0]
-    assert (recorded["engine"], recorded["length"], recorded["batch"]) == ("locret", 131_072, 1)
-    assert recorded["peak_bytes"] == pytest.approx(18.56e9, rel=1e-3)  # docs/bench.md
+    runs = json.loads((ROOT / "benchmarks" / "results" / "bench-h200.json").read_text())["runs"]
+    rows = [run["rows"][0] for run in runs if "131072" in run["command"] and "--budget 16384" in run["command"]]
+    assert {(row["engine"], row["length"], row["batch"]) for row in rows} == {("locret", 131_072, 1)}
+    recorded = max(rows, key=lambda row: row["peak_bytes"])
+    assert recorded["peak_bytes"] == pytest.approx(18.59e9, rel=1e-3)  # docs/bench.md
     plan = make_plan(Shape.of(shape_config("llama-3.1-8b")), get_card("h200"), context=131_072, budget=16384)
     assert plan.chunk_size == 3072
     weights, cache, _, scratch, activations, _ = (item.bytes for item in plan.items)
     took = recorded["peak_bytes"] - weights - cache
-    assert took < scratch + activations < 2.6 * took
+    assert took < scratch + activations < 2.5 * took
 
 
 def test_without_a_gpu_nothing_is_asked_or_changed() -> None:

@@ -272,6 +272,6 @@ def test_the_kernels_on_a_gpu(group, monkeypatch):
 
 
 def test_sizes_of_launches_are_triton_s():
-    """Their own functions do the same and take ten times as long on the host."""
+    """Its own functions do the same and take microseconds on the host."""
     assert [next_power_of_2(n) for n in range(1, 10)] == [1, 2, 4, 4, 8, 8, 8, 8, 16]
     assert all(cdiv(x, y) == math.ceil(x / y) for x in range(20) for y in range(1, 8))

@@ -28,6 +28,7 @@ from locret.backbone import Backbone
 from locret.cache import KVCache, LayerCache, Packed, Units
 from locret.kernels.decode_attention import Codes, Slab
 from locret.kernels.scattered import STRETCH, Scattered, addresses
+from locret.kernels.sizes import cdiv
 from locret.methods.base import ChunkView, Method
 from locret.select import finite
 from locret.step import Slabs, Stash, Step, can_capture, codes, reads_tables, take
@@ -117,7 +118,7 @@ class StepGraph:
             tables = addresses(parts).unflatten(0, (len(parts), -1))
             own = self._step.tables.split(len(parts) // len(found))  # every slab's
             if isinstance(found[0], Tensor):  # few sizes, for few captures; the kernel of codes reads no slot too many
-                seen = [-(-slots // STRETCH) * STRETCH for slots in seen]
+                seen = [cdiv(slots, STRETCH) * STRETCH for slots in seen]
             slabs = [_in_table(*of_slab) for of_slab in zip(found, own, [*seen, *seen], strict=True)]
         else:  # sizes, too: the next reader's slabs may begin where the last one's did
             seen += [x.data_ptr() for held in layers for x in _numbers(held.slab)]

@@ -20,6 +20,7 @@ from torch import Tensor
 from locret.backbone import Backbone, Rope, model_length
 from locret.graph import MOST_STASHED, alike, codec_of, count, dense_slabs, room, row_state, write
 from locret.kernels.scattered import Scattered, addresses
+from locret.kernels.sizes import cdiv
 from locret.methods.base import Method
 from locret.prefill import Reader
 from locret.step import Step, can_capture, reads_tables
@@ -156,7 +157,7 @@ class SlotsGraph:
         """Launches and rotation tables for the longest slab; a new capture if they were made for shorter ones."""
         if self._longest <= self._reached:
             return
-        wanted = -(-max(self._longest, self._reached * 5 // 4) // _BLOCK) * _BLOCK
+        wanted = cdiv(max(self._longest, self._reached * 5 // 4), _BLOCK) * _BLOCK
         self._rope.grow(wanted + 1)
         tables = self._step.tables
         self._scattered = [Scattered(slabs, table, wanted) for slabs, table in zip(self._slabs, tables, strict=True)]

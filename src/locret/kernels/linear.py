@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from locret.kernels.sizes import cdiv
 from locret.kernels.switch import use_triton
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -108,11 +109,11 @@ _MOST = 8  # tiles of rows in a piece
 
 def piece(rows: int, outputs: int) -> int:
     """How many rows at once: as few waves of tiles as possible in all, and of equals the fewest pieces."""
-    tiles, across = -(-rows // _TILE[0]), -(-outputs // _TILE[1])
+    tiles, across = cdiv(rows, _TILE[0]), cdiv(outputs, _TILE[1])
 
     def waves(size: int) -> int:
         whole, rest = divmod(tiles, size)
-        return whole * -(-size * across // _WAVE) + -(-rest * across // _WAVE)
+        return whole * cdiv(size * across, _WAVE) + cdiv(rest * across, _WAVE)
 
     return _TILE[0] * min(range(_MOST, _MOST // 2 - 1, -1), key=waves)
 
