@@ -34,7 +34,7 @@ from locret.config import CacheConfig
 from locret.engine import LLM
 from locret.files import write_text
 from locret.kernels.attention import two_part_attention
-from locret.kernels.compact import Candidates
+from locret.kernels.compact import Candidates, Choice
 from locret.methods.base import ChunkView, Method
 from locret.prefill import ChunkPass, Reader
 
@@ -82,11 +82,15 @@ def chunk_seconds(llm: LLM, method: Method, prompt: int) -> float:
 def untended() -> Iterator[None]:
     """Within it nothing is chosen and nothing moved when a layer is full, so that new units are forgotten."""
 
-    def keep(chunk: ChunkPass, view: ChunkView, old: Candidates, new: Candidates) -> torch.Tensor:
+    def choose(chunk: ChunkPass, view: ChunkView, old: Candidates, new: Candidates, *, drops: bool = False) -> Choice:
         chunk.sound.append(new.score[..., 0])  # every pass has a look at its scores
-        return old.score.new_empty(old.score.shape, dtype=torch.int64)
+        return Choice(old.score.new_empty(old.score.shape, dtype=torch.int64), None)
 
-    with patch.object(ChunkPass, "_keep", keep), patch.object(LayerCache, "keep", lambda held, keep: None):
+    with (
+        patch.object(ChunkPass, "_choose", choose),
+        patch.object(LayerCache, "keep", lambda held, keep: None),
+        patch.object(LayerCache, "fill", lambda held, choice: None),
+    ):
         yield
 
 

@@ -15,6 +15,7 @@ from locret.kernels.compact import (
     compact,
     kept,
     kept_beside,
+    others,
     pin,
     reference_compact,
     reference_kept,
@@ -81,9 +82,19 @@ def test_kept_beside_is_kept_of_both_with_pins(name):
     old, new, budget, pins = PIECES[name]
     score, position, protected = (torch.cat(both, 2) for both in zip(old, new, strict=True))
     pinned = pin(protected, num_sinks=pins["num_sinks"], num_newest=pins["num_newest"], positions=position)
-    keep, sound = kept_beside(old, new, budget, **pins)
-    assert torch.equal(keep, kept(score, pinned, budget))
+    choice, sound = kept_beside(old, new, budget, **pins)
+    assert torch.equal(choice.keep, kept(score, pinned, budget))
+    assert choice.dropped is None
     assert torch.equal(sound.isfinite(), new.score.isfinite().all(-1))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_others_are_those_that_go(name):
+    scores, pinned, budget = CASES[name]
+    keep = kept(scores, pinned, budget)
+    dropped = others(keep, scores.shape[2])
+    for stays, goes in zip(keep.flatten(0, 1).tolist(), dropped.flatten(0, 1).tolist(), strict=True):
+        assert goes == [unit for unit in range(scores.shape[2]) if unit not in stays]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -219,18 +230,19 @@ from locret.select import reference_keep
 from locret.kernels.compact import kept_beside
 from test_compact import CASES, MOVES, PIECES, same, table, untouched, wanted
 out = {}
-for held in (compact_triton.HELD, 128):  # rows in one piece, and walked
-    compact_triton.HELD = held
+for way, *sizes in (("parts", 2**15, 2**12, 128), ("walked", 128, 2**12, 1024), ("blocks", 2**15, 128, 1024)):
+    compact_triton.HELD, compact_triton.BLOCK, compact_triton.PART = sizes
     for name, (scores, pinned, budget) in CASES.items():
         place = torch.full((*scores.shape[:2], budget), -1)
         got = compact_triton.kept_triton(scores, pinned, budget, place)
-        out[f"kept {name} {held == 128}"] = got.tolist() == reference_keep(scores.float(), budget, pinned)
+        out[f"kept {name} {way}"] = got.tolist() == reference_keep(scores.float(), budget, pinned)
     for name, (old, new, budget, pins) in PIECES.items():
         place = torch.full((*old.score.shape[:2], budget), -1)
-        got, sound = compact_triton.kept_beside_triton(old, new, budget, *pins.values(), place)
-        want, wanted_sound = kept_beside(old, new, budget, **pins)
+        going = torch.full((*old.score.shape[:2], old.score.shape[2] + new.score.shape[2] - budget), -1)
+        got, sound = compact_triton.kept_beside_triton(old, new, budget, *pins.values(), place, going)
+        want, wanted_sound = kept_beside(old, new, budget, **pins, drops=True)
         right = torch.equal(sound.isfinite(), wanted_sound.isfinite())
-        out[f"pieces {name} {held == 128}"] = right and torch.equal(got, want)
+        out[f"pieces {name} {way}"] = right and torch.equal(got, want.keep) and torch.equal(going, want.dropped)
 for tile in (compact_triton.TILE_BYTES, 512):  # one block, and many that overlap in place
     compact_triton.TILE_BYTES = tile
     for shape in MOVES:
@@ -256,7 +268,7 @@ def interpreted():
 def test_the_interpreted_kernels_equal_the_plain_reading(interpreted):
     wrong = [name for name, right in interpreted.items() if not right]
     assert not wrong
-    assert len(interpreted) == 2 * len(CASES) + 2 * len(PIECES) + 4 * len(MOVES)
+    assert len(interpreted) == 3 * len(CASES) + 3 * len(PIECES) + 4 * len(MOVES)
 
 
 # Triton's compiler needs no GPU to make a binary for one.
@@ -264,17 +276,20 @@ COMPILED = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from locret.kernels.compact_triton import _kept, _move
+from locret.kernels.compact_triton import _keys, _move, _threshold, _write
 def build(kernel, types, fixed, warps):
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=fixed)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": 1})
     print(made.metadata.shared, made.asm["ptx"].count("bar.sync"))
 pieces = ("*fp32", "*u8", "*i64")
-types = dict(olds=pieces, news=pieces, strides=(("i32",) * 6,) * 3, out_ptr="*i64", sound_ptr="*fp32")
-types |= dict.fromkeys(("heads", "held", "s", "budget", "sinks", "newest"), "i32")
-for block, warps in ((32768, 32), (128, 4)):
-    build(_kept, types, dict(NEW=True, PIN=True, BLOCK=block, ONE=block > 128, WALK=min(block, 8192)), warps)
+types = dict(olds=pieces, news=pieces, strides=(("i32",) * 6,) * 3, work_ptr="*i32", keep_ptr="*i64")
+types |= dict.fromkeys(("heads", "held", "s", "budget", "sinks", "newest", "padded", "parts"), "i32")
+types |= dict(dropped_ptr="*i64", sound_ptr="*fp32")
+build(_keys, types, dict(NEW=True, PIN=True, PART=1024), 4)
+for blocks in (5, 0):
+    build(_threshold, types, dict(NEW=True, PART=1024, PARTS=32, BLOCK=4096, BLOCKS=blocks), 16)
+build(_write, types, dict(DROP=True, PART=1024), 4)
 pointers = ("*bf16", "*bf16", "*fp32", "*i64", "*u8")
 types = dict(olds=pointers, news=pointers, outs=pointers, strides=(("i32",) * 9,) * 5, keep_ptr="*i64")
 types |= dict(heads="i32", b="i32", held="i32")
@@ -288,9 +303,9 @@ for place in (True, False):
 def test_the_kernels_compile_for_a_gpu_that_is_not_here(tmp_path):
     """Within a multiprocessor's memory; in place there is a barrier between loads and stores."""
     lines = [[int(word) for word in line] for line in compile_only(COMPILED, tmp_path)]
-    assert len(lines) == 4
+    assert len(lines) == 6
     assert all(shared <= 99 * 1024 for shared, _ in lines)
-    assert lines[2][1] >= lines[3][1] + 5, "a barrier a column"
+    assert lines[4][1] >= lines[5][1] + 5, "a barrier a column"
 
 
 # ---------------------------------------------------------------------- the switch
@@ -341,9 +356,11 @@ def test_kept_on_a_gpu(name, monkeypatch):
 def test_kept_beside_on_a_gpu(name, monkeypatch):
     monkeypatch.setenv("LOCRET_TRITON", "compact")
     old, new, budget, pins = PIECES[name]
-    keep, sound = kept_beside(*(Candidates(*(x.cuda() for x in units)) for units in (old, new)), budget, **pins)
-    want, _ = kept_beside(old, new, budget, **pins)
-    assert torch.equal(keep.cpu(), want)
+    on_gpu = (Candidates(*(x.cuda() for x in units)) for units in (old, new))
+    choice, sound = kept_beside(*on_gpu, budget, **pins, drops=True)
+    want, _ = kept_beside(old, new, budget, **pins, drops=True)
+    assert torch.equal(choice.keep.cpu(), want.keep)
+    assert torch.equal(choice.dropped.cpu(), want.dropped)
     assert torch.equal(sound.isfinite().cpu(), new.score.isfinite().all(-1))
 
 

@@ -497,22 +497,25 @@ def test_a_stream_that_is_left_early_leaves_a_whole_cache(tiny_folder, graphs_ev
 
 # ---------------------------------------------------------------------- every kernel at once
 
-# The whole engine on Triton's interpreter: chunks beside their slabs, compaction in place, replayed steps.
+# The whole engine on Triton's interpreter: chunks beside their slabs, units in the slots of others, replayed steps.
 INTERPRETED = """
 import json, torch
 import locret.kernels.append, locret.kernels.attention, locret.kernels.compact, locret.kernels.decode_attention
-import locret.kernels.linear, locret.kernels.rotate
-from locret import kernels
+import locret.kernels.fill, locret.kernels.linear, locret.kernels.rotate
+from locret import kernels, prefill
 from locret.backbone import Rope
+from locret.cache import LayerCache
+operators = [getattr(kernels, name) for name in
+             ("append", "attention", "compact", "decode_attention", "fill", "linear", "rotate")] + [prefill]
 def plain():
-    for name in ("append", "attention", "compact", "decode_attention", "linear", "rotate"):
-        getattr(kernels, name).use_triton = lambda kernel, x: False
+    for operator in operators:
+        operator.use_triton = lambda kernel, x: False
 def interpreted():
-    for name in ("append", "attention", "compact", "decode_attention", "linear", "rotate"):
-        getattr(kernels, name).use_triton = lambda kernel, x: True
-    rotate = kernels.rotate.rotate
-    Rope.run = lambda self, layer, x, first, out=None: rotate(
-        x, self.angles(layer), first, torch.empty_like(x) if out is None else out)
+    for operator in operators:
+        operator.use_triton = lambda kernel, x: True
+    Rope.in_kernel = lambda self, layer, x: True
+filled, fill = [], LayerCache.fill
+LayerCache.fill = lambda held, choice: (filled.append(held), fill(held, choice))
 from test_graph import *
 from locret.fused import recognise
 plain()
@@ -523,7 +526,7 @@ want, cache = decode(backbone, method, config, text[:, :31], text[:, 31:], graph
 interpreted()
 backbone.fused = recognise(backbone)
 got, mine = decode(backbone, method, config, text[:, :31], text[:, 31:], graph=True)
-print(json.dumps([backbone.fused is not None, float((got - want).norm() / want.norm()),
+print(json.dumps([backbone.fused is not None, len(filled), float((got - want).norm() / want.norm()),
     all(torch.equal(a.positions(), b.positions()) for a, b in zip(cache.layers, mine.layers, strict=True))]))
 """
 
@@ -531,7 +534,8 @@ print(json.dumps([backbone.fused is not None, float((got - want).norm() / want.n
 @pytest.mark.triton_interpret
 def test_all_kernels_together_give_what_torch_gives():
     """Each was right alone when compaction in place lost new units in a slab that was not full yet."""
-    fused, error, same = interpret(INTERPRETED)
+    fused, filled, error, same = interpret(INTERPRETED)
     assert fused
+    assert filled == 4
     assert same
     assert error < 1e-4

@@ -6,14 +6,11 @@ the CPU's operations as far as memory goes: outputs, and nothing else.
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 from conftest import build_tiny_model
 from oracles import Meter, reader_of, tokens
 
-from locret.aside import Aside
 from locret.backbone import Backbone
 from locret.fused import recognise
 from locret.kernels import linear
@@ -39,18 +36,6 @@ class Idle(Meter):
         return super().__torch_dispatch__(PRODUCTS.get(func, func), types, args, kwargs)
 
 
-class Holding(Aside):
-    """Holds what a GPU's holds until the join."""
-
-    @contextlib.contextmanager
-    def run(self, device, *needed):
-        self._running.setdefault(device, []).extend(needed)
-        yield
-
-    def join(self):
-        self._running.clear()
-
-
 @pytest.fixture
 def lean(monkeypatch):
     """Outputs of the right size and content nobody asks for, with the temporaries that kernels have: none."""
@@ -61,7 +46,7 @@ def lean(monkeypatch):
     def merged(own, q, k, v, *, scale):
         return part(q, k, v, scale, causal=False).out if k.shape[2] else own.out
 
-    def turn(self, layer, x, first, out=None):
+    def turn(self, layer, x, first, out=None, slots=None):
         return torch.zeros_like(x) if out is None else out
 
     def first_ones(scores, pinned, budget):
@@ -69,7 +54,6 @@ def lean(monkeypatch):
 
     stand_ins = {
         "locret.kernels.linear.rms_norm": lambda x, norm: x if norm is None else torch.zeros_like(x),
-        "locret.prefill.Aside": Holding,
         "locret.kernels.linear.piece": lambda rows, outputs: piece(rows, 2 * outputs),  # the real width's
         "locret.kernels.attention._part": part,
         "locret.kernels.attention.add_prefix": merged,

@@ -38,7 +38,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from locret.errors import BackboneError, ConfigError, unknown
 from locret.fused import FusedModel, recognise
 from locret.kernels.decode_attention import Angles, angles_of
-from locret.kernels.rotate import rotate
+from locret.kernels.rotate import by_slot, rotate
 from locret.parallel import Shard, join
 
 ATTENTION_NAME = "locret"
@@ -123,12 +123,22 @@ class Rope:
             self._kinds[spec.rope_type] = angles_of(self._apply, *self._tables[spec.rope_type], self._head_dim)
         return self._kinds[spec.rope_type]
 
-    def run(self, layer: int, x: Tensor, first: int, out: Tensor | None = None) -> Tensor:
-        """RoPE at positions first, first + 1, ... x [B, H, T, D], laid out as it is or into `out`."""
-        angles = self.angles(layer) if x.is_cuda else None  # on a CPU the family's function is as fast
-        if angles is None or angles.cos.device != x.device:
-            return self.rotate(layer, x, torch.arange(first, first + x.shape[2], device=x.device), out)
-        return rotate(x, angles, first, torch.empty_like(x) if out is None else out)
+    def run(self, layer: int, x: Tensor, first: int, out: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
+        """RoPE at positions first, first + 1, ... x [B, H, T, D], laid out as it is or into `out`.
+
+        slots: int32, [B, H, T]: where the first token lies, the second, ...; default: one behind the other.
+        """
+        if self.in_kernel(layer, x):
+            angles = self.angles(layer)
+            assert angles is not None
+            return rotate(x, angles, first, torch.empty_like(x) if out is None else out, slots)
+        at = torch.arange(first, first + x.shape[2], device=x.device)
+        return self.rotate(layer, x, at if slots is None else by_slot(at[None, None], slots), out)
+
+    def in_kernel(self, layer: int, x: Tensor) -> bool:
+        """Whether `run` takes one kernel; on a CPU the family's function is as fast."""
+        angles = self.angles(layer) if x.is_cuda else None
+        return angles is not None and angles.cos.device == x.device
 
     def rotate(self, layer: int, x: Tensor, positions: Tensor, out: Tensor | None = None) -> Tensor:
         """RoPE by the family's own function. x [B, H, T, D]; positions [T], [B, T] or [B, H, T], int64."""

@@ -15,6 +15,10 @@ it comes in or, where a store leaves the newest as they are, when it has aged (`
 turn; codes are what is gathered and kept, so no unit is ever encoded twice. A chunk's own attention sees its units as
 they are, later chunks see them as stored. A unit that others are merged into is a new one.
 
+While a prompt is read behind a full cache, K and V of a chunk's units may take the slots of those that go
+(`LayerCache.fill`): then they are the only ones that move. Scores, positions and flags are always in position order,
+and `slots` says where the rest of each unit lies, until `order` sorts it.
+
 Layers may have budgets of their own. In a `RaggedLayer` the KV heads have too: its units lie head after head in one
 flat slab of the same size, and are padded on the left, in memory that lives for one layer's turn, while they are
 read.
@@ -36,7 +40,8 @@ from torch import Tensor
 
 from locret import stores
 from locret.errors import CapacityError
-from locret.kernels.compact import Column, compact, compact_scratch
+from locret.kernels.compact import Choice, Column, compact, compact_scratch
+from locret.kernels.fill import fill
 from locret.storage import Affine, Stored, allocate
 from locret.stores import Holder, Store, layer_store
 from locret.tail import Tailed, TailStored
@@ -256,6 +261,11 @@ class Packed(Table):
                 setattr(self, name, x.like(x.parts, {key: tables[f"{name}.table.{key}"] for key in x.tables}))
 
 
+def is_number(name: str) -> bool:
+    """Whether a tensor of a table is what K or V consist of."""
+    return name.split(".")[0] in ("k", "v")
+
+
 def _lie_alike(chosen: list[Store] | None) -> bool:
     """Whether the slabs of layers are alike, and each consists of its units and nothing else. None: all are dense."""
     return chosen is None or all(
@@ -313,10 +323,11 @@ class LayerCache:
     held: int = 0
     evicted: bool = False  # False: original positions are still 0, 1, 2 ...
     newest: Tensor | None = None  # position of the token appended last, kept or not
+    slots: Tensor | None = None  # where in the slab K and V of each unit lie, int32 [B, Hkv, held]; None: in order
     _joined: Units | None = field(default=None, repr=False)  # old units and the chunk's, between append and keep
     _source: Units | Packed | None = field(default=None, repr=False)  # the same, as stored
     _queries: Tensor | None = field(default=None, repr=False)  # of the chunk, for stores that choose by them
-    _beside: list[Column] | None = field(default=None, repr=False)  # held units and a chunk's beside them, until `keep`
+    _beside: dict[str, Column] = field(default_factory=dict, repr=False)  # held units and a chunk's, until `keep`
 
     def watch(self, q: Tensor) -> None:
         """The chunk's queries before RoPE, [B, Hq, C, D], for the time until its units are settled."""
@@ -329,6 +340,7 @@ class LayerCache:
 
     def units(self) -> Units:
         """The units in use: a view, or decoded."""
+        self.order()
         return self.slab[slice(0, self.held)].units()
 
     @property
@@ -340,7 +352,7 @@ class LayerCache:
 
     def memory(self) -> list[Tensor]:
         """All that it consists of."""
-        return self.slab.memory()
+        return self.slab.memory() + ([] if self.slots is None else [self.slots])
 
     def positions(self) -> Tensor:
         """Original positions of the units in use, int64, ascending, [B, Hkv, S]."""
@@ -358,6 +370,7 @@ class LayerCache:
 
     def tensors(self) -> dict[str, Tensor]:
         """What `restore` needs, by name: for files."""
+        self.order()
         return _saved(self.slab[slice(0, self.held)])
 
     def restore(self, tensors: dict[str, Tensor], *, evicted: bool) -> None:
@@ -370,14 +383,17 @@ class LayerCache:
 
     def copy(self) -> LayerCache:
         """An independent copy."""
-        return dataclasses.replace(self, slab=self.slab.map(torch.clone))
+        self.order()
+        return dataclasses.replace(self, slab=self.slab.map(torch.clone), slots=None)
 
     def take_rows(self, indices: Tensor) -> Self:
         """A copy with some of the sequences only. indices: int64, [rows]."""
-        return dataclasses.replace(self, slab=self.slab.take_rows(indices))
+        self.order()
+        return dataclasses.replace(self, slab=self.slab.take_rows(indices), slots=None)
 
     def append(self, new: Units, workspace: Units | None) -> Units:
         """Put a chunk behind the held units; returns all of them. They stay where they are until `keep` or `settle`."""
+        self.order()
         total = self.held + len(new)
         if isinstance(self.slab, Packed):
             self._source, self._joined = self.slab[slice(0, self.held)].join(new)
@@ -393,9 +409,9 @@ class LayerCache:
         return self._joined
 
     def beside(self, new: Units) -> tuple[Units, Units | Packed]:
-        """Instead of `append`: the chunk stays where it is until `keep`, and nothing that is held is copied.
+        """Instead of `append`: the chunk stays where it is until `keep` or `fill`, and nothing that is held is copied.
 
-        Returns: the held units, decoded; and the chunk as the slab will hold it.
+        Returns: the held units, decoded, K and V as they lie (`slots`); and the chunk as the slab will hold it.
         """
         assert not self.ages, "units that are encoded later are joined with the others"
         stored = self.slab.encoded(new) if isinstance(self.slab, Packed) else new
@@ -420,8 +436,9 @@ class LayerCache:
 
     def keep(self, keep: Tensor) -> None:
         """Of the appended units only those at `keep` [B, Hkv, b] stay."""
-        if self._beside is not None:
-            compact(self._beside, keep)
+        if self._beside:
+            assert self.slots is None, "in order, or they would be filled"
+            compact(list(self._beside.values()), keep)
             self.evicted = True
             self._done(keep.shape[-1])
             return
@@ -429,6 +446,36 @@ class LayerCache:
         _write(self.slab, 0, self._aged(self._source.gather(keep)))  # gathered first: source and target may overlap
         self.evicted = True
         self._done(keep.shape[-1])
+
+    def fill(self, choice: Choice) -> None:
+        """`keep` of as many units as are held: K and V of the new ones take the slots of those that go.
+
+        `slots` stays where it is once it is there, for captured kernels.
+        """
+        assert choice.dropped is not None
+        assert choice.keep.shape[-1] == self.held
+        if self.slots is None:
+            self.slots = self._in_order()
+        large = [column for name, column in self._beside.items() if is_number(name)]
+        small = [column for name, column in self._beside.items() if not is_number(name)]
+        taken = fill(large, self.slots, choice.keep, choice.dropped)
+        compact([*small, Column(self.slots, taken, self.slots)], choice.keep)
+        self.evicted = True
+        self._done(self.held)
+
+    def order(self, *, settled: bool = False) -> None:
+        """Put K and V in position order, too. settled: `fill` will not come again; so far `slots` remains."""
+        if self.slots is None:
+            return
+        for name, column in self.slab[slice(0, self.held)].tensors().items():
+            if is_number(name):
+                column.copy_(_take(column, self.slots.long()))
+        self.slots = None if settled else self.slots.copy_(self._in_order())
+
+    def _in_order(self) -> Tensor:
+        rows = self.slab.tensors()["score"].shape[:2]
+        own = torch.arange(self.held, dtype=torch.int32, device=self.slab.tensors()["score"].device)
+        return own.expand(*rows, self.held).contiguous()
 
     def keep_last(self, count: int) -> None:
         """Of the appended units only the last `count` stay."""
@@ -450,6 +497,7 @@ class LayerCache:
 
     def reopen(self) -> Units:
         """The held units as if they had just been appended, for an eviction after the fact."""
+        self.order()
         self._source = self.slab[slice(0, self.held)]
         self._joined = self._source.units()
         return self._joined
@@ -466,6 +514,7 @@ class LayerCache:
 
         Of units in codes only where each is encoded once and for all (not `Tailed`).
         """
+        self.order()
         return self._lay(None).tensors()  # nothing is new: what stays moves up in place
 
     @property
@@ -474,18 +523,18 @@ class LayerCache:
 
     def compact_bytes(self, keep: int) -> int:
         """Memory that keeping so many of the units beside each other takes for a moment."""
-        return 0 if self._beside is None else compact_scratch(self._beside, keep)
+        return compact_scratch(list(self._beside.values()), keep) if self._beside else 0
 
     def _lay(self, new: Units | Packed | None) -> Units | Packed:
         """Have `keep` choose among the held units, which are returned, and new ones."""
         held = self.slab[slice(0, self.held)]
         mine, theirs = held.tensors(), {} if new is None else new.tensors()
         slab = self.slab.tensors().items()
-        self._beside = [Column(mine[name], theirs.get(name), whole) for name, whole in slab if whole.numel()]
+        self._beside = {name: Column(mine[name], theirs.get(name), whole) for name, whole in slab if whole.numel()}
         return held
 
     def _done(self, held: int) -> None:
-        self.held, self._source, self._joined, self._beside, self._queries = held, None, None, None, None
+        self.held, self._source, self._joined, self._beside, self._queries = held, None, None, {}, None
 
 
 def _saved(units: Units | Packed) -> dict[str, Tensor]:
@@ -656,8 +705,9 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the slabs as allocated: keys, values, scores, positions, flags and the method's own numbers."""
-        parts = self.layers if self._whole is None else [self._whole]
-        return _storage_bytes(tensor for part in parts for tensor in part.memory())
+        if self._whole is None:
+            return _storage_bytes(tensor for layer in self.layers for tensor in layer.memory())
+        return self._whole.nbytes + sum(layer.slots.nbytes for layer in self.layers if layer.slots is not None)
 
     @property
     def workspace_bytes(self) -> int:
@@ -672,12 +722,18 @@ class KVCache:
         kept of it."""
         if self._whole is None or len({layer.held for layer in self.layers}) > 1:
             return None
+        self.order()
         return LayerCache(self._whole, held=self.layers[0].held)
 
     def cut(self, held: int) -> None:
         """Every layer of the `whole` holds so many units now, what stayed of more."""
         for layer in self.layers:
             layer.held, layer.evicted = held, True
+
+    def order(self) -> None:
+        """Put all units in position order, and go on so: the prompt has been read."""
+        for layer in self.layers:
+            layer.order(settled=True)
 
     def copy(self) -> KVCache:
         """An independent copy: continuing one does not change the other. The workspace is shared: it holds nothing."""
@@ -692,6 +748,8 @@ class KVCache:
 
     def _moved(self, indices: Tensor | None) -> KVCache:
         """All sequences, or some of them, in memory of their own."""
+        for layer in self.layers:
+            layer.order()
         twin = object.__new__(KVCache)
         twin.__dict__.update(self.__dict__)
         if indices is not None:
@@ -704,7 +762,7 @@ class KVCache:
             every = (torch.arange(layers, device=taken.device)[:, None] * rows + taken).flatten()
             twin._whole = self._whole.take_rows(every)
             slabs = twin._whole.split_rows(twin.batch)
-            twin.layers = [dataclasses.replace(layer, slab=slabs[i]) for i, layer in enumerate(self.layers)]
+            twin.layers = [dataclasses.replace(layer, slab=slabs[i], slots=None) for i, layer in enumerate(self.layers)]
         twin.peak_bytes = twin.nbytes + twin.workspace_bytes
         return twin
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from locret.backbone import Backbone
-from locret.cache import KVCache, LayerCache, Packed, Units
+from locret.cache import KVCache, LayerCache, Packed, Units, is_number
 from locret.kernels.decode_attention import Codes, Slab
 from locret.kernels.scattered import STRETCH, Scattered, addresses
 from locret.kernels.sizes import cdiv
@@ -246,7 +246,7 @@ def _pairs(slabs: Sequence[Slab]) -> Slabs:
 
 def _numbers(slab: Units | Packed) -> list[Tensor]:
     """What K and V consist of."""
-    return [x for name, x in slab.tensors().items() if name.split(".")[0] in ("k", "v")]
+    return [x for name, x in slab.tensors().items() if is_number(name)]
 
 
 def _plain(held: LayerCache) -> bool:

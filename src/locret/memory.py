@@ -1,4 +1,4 @@
-"""How long a chunk may be: what its activations take, and what is free for them.
+"""Memory of a device: how long a chunk may be, what its activations take, and what is free for them.
 
     bytes a token = SLACK * bytes of a number * (4 E + max(3 I, 4 Hq D + 3 Hkv D))
 
@@ -58,3 +58,11 @@ def free_bytes(device: torch.device) -> int | None:
     reserved = torch.cuda.memory_reserved(device)
     allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - reserved
     return min(free, allowed) + reserved - torch.cuda.memory_allocated(device)
+
+
+def forget_workspaces() -> None:
+    """cuBLAS has a workspace for every stream that it ever ran on, 32 MiB on Hopper; whoever comes next gets a new one.
+
+    Around a capture: its workspace lies in the graph's own memory.
+    """
+    torch._C._cuda_clearCublasWorkspaces()

@@ -28,14 +28,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from locret.aside import Aside
 from locret.backbone import AttentionCall, Backbone, Rope, model_length
 from locret.cache import KVCache, LayerCache, Packed, Units, unit_bytes
 from locret.config import LARGEST_CHUNK, CacheConfig, CachePlan
 from locret.errors import ConfigError, NumericsError
 from locret.graph import MOST_STASHED, StepGraph, alike, can_capture
 from locret.kernels.attention import add_prefix, chunk_attention, prefix_causal_attention
-from locret.kernels.compact import Candidates, candidates, kept_beside, pin
+from locret.kernels.compact import Candidates, Choice, candidates, kept_beside, others, pin
 from locret.kernels.switch import use_triton
 from locret.memory import RESERVE, free_bytes, longest_chunk, token_bytes
 from locret.methods.base import BIAS, ChunkView, Joined, Method
@@ -54,7 +53,7 @@ Check = Callable[[], None]
 class Turn(Protocol):
     """`ChunkPass._turning`."""
 
-    def __call__(self, x: Tensor, unit: int, out: Tensor | None = None) -> Tensor: ...
+    def __call__(self, x: Tensor, unit: int, out: Tensor | None = None, slots: Tensor | None = None) -> Tensor: ...
 
 
 @dataclass
@@ -259,11 +258,14 @@ class Reader:
             elif last_chunk and not more:
                 newest = 0
             part = None if protected is None else protected[start:stop]
-            logits = self._forward(chunk, self.plan.budget, newest, part, logits=int(stop == total))
+            logits = self._forward(
+                chunk, self.plan.budget, newest, part, logits=int(stop == total), unordered=True
+            )  # fmt: skip
             last = None if logits is None or stop < total else logits[:, -1]
             if last is not None:
                 self.check_scores()
                 _check_finite(last)
+                self.cache.order()
             yield stop, last
 
     def step(self, tokens: Tensor) -> Tensor:
@@ -272,6 +274,7 @@ class Reader:
         When the budget is full, one eviction makes room for `decode_interval` steps; the newest units are pinned. On a
         GPU steps are replayed from a graph: call `settle` before reading the cache.
         """
+        self.cache.order()  # a prompt that was given up leaves them as they were
         graph = self._step_graph()
         if graph is not None and graph.room():
             last = graph.step(tokens)
@@ -367,9 +370,11 @@ class Reader:
         return sorted({*range(0, total - local, size), *range(total - local, total, size), total})
 
     def _forward(
-        self, ids: Tensor, target: int | None, newest: int, protected: Tensor | None, *, logits: int
-    ) -> Tensor | None:
-        return self._run(ChunkPass(self, target, newest, protected, ids.shape[1]), ids, logits=logits)
+        self, ids: Tensor, target: int | None, newest: int, protected: Tensor | None, *, logits: int,
+        unordered: bool = False,
+    ) -> Tensor | None:  # fmt: skip
+        chunk = ChunkPass(self, target, newest, protected, ids.shape[1], unordered=unordered)
+        return self._run(chunk, ids, logits=logits)
 
     def _is_steady(self) -> bool:
         """Whether chunks are all the same work from now on: every layer is full, and positions decide nothing."""
@@ -382,9 +387,10 @@ class Reader:
         """Of chunks like ids [B, C], while `_is_steady`."""
 
         def work(ids: Tensor, at: Tensor) -> Tensor:
-            chunk = ChunkPass(self, self.plan.budget, self.plan.num_stabilizers, None, ids.shape[1], at=at)
-            with chunk.aside:
-                self.backbone.run(ids, chunk, logits=0)
+            chunk = ChunkPass(
+                self, self.plan.budget, self.plan.num_stabilizers, None, ids.shape[1], at=at, unordered=True
+            )
+            self.backbone.run(ids, chunk, logits=0)
             sound = chunk.is_sound()
             assert sound is not None, "every layer was scored"
             return sound
@@ -400,8 +406,7 @@ class Reader:
 
     def _run(self, chunk: ChunkPass, ids: Tensor, *, logits: int) -> Tensor | None:
         self.settle()
-        with chunk.aside:
-            out = self.backbone.run(ids, chunk, logits=ids.shape[1] if self.method.wants_surprisal else logits)
+        out = self.backbone.run(ids, chunk, logits=ids.shape[1] if self.method.wants_surprisal else logits)
         self._race.launched()
         chunk.finish(ids, out)
         return out
@@ -412,16 +417,20 @@ class ChunkPass:
 
     def __init__(
         self, reader: Reader, target: int | None, newest: int, protected: Tensor | None, chunk: int, *,
-        at: Tensor | None = None,
+        at: Tensor | None = None, unordered: bool = False,
     ) -> None:  # fmt: skip
-        """at: positions of the chunk's tokens, [C], where they are not known on the host."""
+        """
+        Args:
+            at: positions of the chunk's tokens, [C], where they are not known on the host.
+            unordered: K and V may lie in any order afterwards (`LayerCache.fill`).
+        """
         self.reader, self.cache, self.plan = reader, reader.cache, reader.plan
         self.target, self.newest, self.protected = target, newest, protected
         self.start, self.chunk, self.at = reader.cache.seen, chunk, at
+        self.unordered = unordered
         self.wants_hidden = reader.method.wants_hidden
         self.sound: list[Tensor] = []  # of each layer: finite where its scores are
         self._marked: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        self.aside = Aside()  # once entered, a layer chooses its units beside its attention
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
         method, held = self.reader.method, self.cache.layers[layer]
@@ -463,42 +472,51 @@ class ChunkPass:
         return type(held) is LayerCache and not held.ages and held.held + count > len(held.slab)
 
     def _attend_beside(self, held: LayerCache, view: ChunkView) -> Tensor:
-        """`attend` where the layer will evict and its old units and the chunk's need not lie together.
-
-        The choice runs aside: it takes few multiprocessors, and attention does not miss them. The move wants them all,
-        and beside the matrices that follow both take longer (docs/bench.md).
-        """
-        before, scale = held.held, view.scale
+        """`attend` where the layer will evict and its old units and the chunk's need not lie together."""
+        before, scale, fills = held.held, view.scale, self._fills(held, view)
         new = self._new_units(view.k, view.v, self.reader.method.score(view))
+        if not fills:
+            held.order()
         old, stored = held.beside(new)
-        keep = self._keep(view, *(Candidates(x.score, x.position, x.protected) for x in (old, new)))
+        pieces = [Candidates(x.score, x.position, x.protected) for x in (old, new)]
+        choice = self._choose(view, *pieces, drops=fills)
         turn = self._turning(held, view, [old, new], None)
         q = self._turned(held, view, turn, before)
         own = chunk_attention(q, turn(new.k, before), new.v, scale=scale)
-        out = add_prefix(own, q, turn(old.k, 0), old.v, scale=scale)
+        out = add_prefix(own, q, turn(old.k, 0, slots=held.slots), old.v, scale=scale)  # in any order, but both in one
         rotated = max(old.k.nbytes, new.k.nbytes)  # of one part at a time
         decoded, encoded = 0, 0
         if isinstance(stored, Packed):
             decoded, encoded = old.k.nbytes + old.v.nbytes, stored.k.nbytes + stored.v.nbytes
         self.cache.note_scratch(rotated + decoded + encoded)
         del old, turn
-        self.cache.note_scratch(held.compact_bytes(keep.shape[-1]) + encoded)
-        self.aside.join()
-        held.keep(keep)
+        self.cache.note_scratch(held.compact_bytes(choice.keep.shape[-1]) + encoded)
+        if fills:
+            held.fill(choice)
+        else:
+            held.keep(choice.keep)
         return out
 
-    def _keep(self, view: ChunkView, old: Candidates, new: Candidates) -> Tensor:
-        """Indices of the units that stay, of old and new ones, [B, Hkv, b]."""
+    def _fills(self, held: LayerCache, view: ChunkView) -> bool:
+        """Whether new units may take the slots of those that go: as many stay as are held, and kernels find them."""
+        fast = use_triton("compact", view.k) and use_triton("rotate", view.k)
+        return (
+            self.unordered and fast and held.held == self._target(view.layer) and self.plan.positions == "compact"
+            and self.reader.rope.in_kernel(view.layer, view.k)
+        )  # fmt: skip
+
+    def _choose(self, view: ChunkView, old: Candidates, new: Candidates, *, drops: bool = False) -> Choice:
+        """Which units stay, of old and new ones, and if `drops` which go."""
         method, target = self.reader.method, self._target(view.layer)
         pins = dict(num_sinks=self.plan.num_sinks, num_newest=self.newest)
         if _chooses(method):  # here and now: it may look at queries, which are rotated in place next
             self._note(new.score)
             score, pinned = candidates(old, new, **pins)
-            return method.select(score, target, pinned, view)
-        with self.aside.run(new.score.device, new):
-            keep, sound = kept_beside(old, new, target, **pins)
-            self.sound.append(sound)
-        return keep
+            keep = method.select(score, target, pinned, view)
+            return Choice(keep, others(keep, score.shape[2]) if drops else None)
+        choice, sound = kept_beside(old, new, target, **pins, drops=drops)
+        self.sound.append(sound)
+        return choice
 
     def evict_by_scores(self, layer: int, held: LayerCache) -> None:
         """Cut a layer, or `held` of all layers that are like it, back to its target by the scores that units have."""
@@ -509,7 +527,7 @@ class ChunkPass:
             Candidates(*(units[name][:, :, part] for name in Candidates._fields))
             for part in (slice(0, -1), slice(-1, None))
         )
-        keep = self._keep(view, old, new)
+        keep = self._choose(view, old, new).keep
         self.cache.note_scratch(held.compact_bytes(keep.shape[-1]))
         held.keep(keep)
 
@@ -592,7 +610,8 @@ class ChunkPass:
         and other ones in every head. Ragged heads are numbered each from its own first unit.
 
         parts: all units, in order.
-        Returns: a function of x [B, H, n, D], which of the units is its first, and where to put it.
+        Returns: a function of x [B, H, n, D], which of the units is its first, where to put it, and in which slots of
+            both its units lie, [B, H, n].
         """
         rope, layer, device = self.reader.rope, view.layer, view.k.device
         count = sum(len(part) for part in parts)
@@ -604,9 +623,10 @@ class ChunkPass:
         elif padding is not None:
             own = (torch.arange(first, first + count, device=device) - padding[..., None]).clamp(min=0)  # [B, Hkv, S]
         else:
-            return lambda x, unit, out=None: rope.run(layer, x, first + unit, out)
+            return lambda x, unit, out=None, slots=None: rope.run(layer, x, first + unit, out, slots)
 
-        def turn(x: Tensor, unit: int, out: Tensor | None = None) -> Tensor:
+        def turn(x: Tensor, unit: int, out: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
+            assert slots is None, "units with positions of their own lie in order"
             at = own[:, :, unit : unit + x.shape[2]]
             return rope.rotate(layer, x, at.repeat_interleave(x.shape[1] // at.shape[1], 1), out)
 

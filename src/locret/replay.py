@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from locret.aside import forget_workspaces
+from locret.memory import forget_workspaces
 
 Work = Callable[[Tensor, Tensor], Tensor]  # ids [B, C] and positions [C], int64 -> what is read back
 ROOM = 2**30  # bytes that must be free before a capture: activations and workspaces, several times over

@@ -24,12 +24,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from locret.aside import forget_workspaces
 from locret.backbone import AttentionCall, Backbone, Rope
 from locret.kernels.append import append
 from locret.kernels.append_codes import append_codes
 from locret.kernels.decode_attention import MOST_ROWS, Angles, Codes, Slab, Span, decode_attention
 from locret.kernels.switch import use_triton
+from locret.memory import forget_workspaces
 from locret.storage import Affine, Stored
 
 Slabs = Callable[[int], "tuple[Slab, Slab]"]  # K and V of a layer, [B, Hkv, S, D] each

@@ -3,6 +3,7 @@
     kept(scores, pinned, b)   the b units that stay, ascending: pinned ones first, then the highest scores; of equal
                               scores the older unit (the smaller index) stays
     kept_beside(old, new, b)  the same of old ++ new, and what is pinned found on the way
+    others(keep, S)           those that go
     compact(columns, keep)    out[j] = (old ++ new)[keep[j]] for every column of the units, in place if out is old
 
 `kept` finds the b-th largest key, then counts: a unit stays if its key is larger, or equal and among the oldest that
@@ -42,6 +43,13 @@ class Candidates(NamedTuple):
     protected: Tensor  # bool
 
 
+class Choice(NamedTuple):
+    """Which of S units stay. All ascending."""
+
+    keep: Tensor  # int64, [B, Hkv, b]
+    dropped: Tensor | None  # those that go, int64, [B, Hkv, S - b]; None: nobody asked
+
+
 def pin(protected: Tensor, *, num_sinks: int, num_newest: int, positions: Tensor) -> Tensor:
     """Mask of units that must stay: the first ones of the text, the newest ones, and those the caller protected.
 
@@ -59,19 +67,40 @@ def pin(protected: Tensor, *, num_sinks: int, num_newest: int, positions: Tensor
 
 
 def kept_beside(
-    old: Candidates, new: Candidates, budget: int, *, num_sinks: int, num_newest: int
-) -> tuple[Tensor, Tensor]:
+    old: Candidates, new: Candidates, budget: int, *, num_sinks: int, num_newest: int, drops: bool = False
+) -> tuple[Choice, Tensor]:
     """`kept` of old units and new ones behind them, pinned as `pin` says.
 
-    Returns: int64, [B, Hkv, budget], ascending; and fp32 [B, Hkv], finite where all scores of new units are.
+    Args:    drops: whether to say which ones go, too.
+    Returns: what stays; and fp32 [B, Hkv], finite where all scores of new units are.
     """
-    assert 1 <= budget <= old.score.shape[2] + new.score.shape[2], (budget, old.score.shape, new.score.shape)
+    count = old.score.shape[2] + new.score.shape[2]
+    assert 1 <= budget <= count, (budget, old.score.shape, new.score.shape)
     if use_triton("compact", old.score):
         from locret.kernels.compact_triton import kept_beside_triton
 
-        return kept_beside_triton(old, new, budget, num_sinks, num_newest)
+        room = (*old.score.shape[:2], count - budget)
+        dropped = torch.empty(room, dtype=torch.int64, device=old.score.device) if drops else None
+        keep, sound = kept_beside_triton(old, new, budget, num_sinks, num_newest, dropped=dropped)
+        return Choice(keep, dropped), sound
     score, pinned = candidates(old, new, num_sinks=num_sinks, num_newest=num_newest)
-    return kept(score, pinned, budget), torch.linalg.vector_norm(new.score.float(), math.inf, dim=-1)
+    keep = kept(score, pinned, budget)
+    sound = torch.linalg.vector_norm(new.score.float(), math.inf, dim=-1)
+    return Choice(keep, others(keep, count) if drops else None), sound
+
+
+def others(keep: Tensor, count: int) -> Tensor:
+    """Of `count` units those that are not among `keep` [B, Hkv, b]: int64, [B, Hkv, count - b], ascending."""
+    goes = torch.ones(*keep.shape[:2], count, dtype=torch.bool, device=keep.device).scatter_(2, keep, False)
+    return _indices(goes, count - keep.shape[2])
+
+
+def _indices(flags: Tensor, count: int) -> Tensor:
+    """Where the `count` set ones of every row are, ascending. Nothing waits for the device."""
+    slot = torch.where(flags, flags.cumsum(-1) - 1, count)  # what is not set is written behind the end
+    out = torch.empty(*flags.shape[:-1], count + 1, dtype=torch.int64, device=flags.device)
+    unit = torch.arange(flags.shape[-1], device=flags.device).expand_as(flags)
+    return out.scatter_(-1, slot, unit)[..., :count]
 
 
 def candidates(old: Candidates, new: Candidates, *, num_sinks: int, num_newest: int) -> tuple[Tensor, Tensor]:
@@ -101,10 +130,7 @@ def reference_kept(scores: Tensor, pinned: Tensor, budget: int) -> Tensor:
     threshold = keys.topk(budget, dim=-1).values[..., -1:]
     above, ties = keys > threshold, keys == threshold
     stays = above | (ties & (ties.cumsum(-1) <= budget - above.sum(-1, keepdim=True)))
-    slot = torch.where(stays, stays.cumsum(-1) - 1, budget)  # what does not stay is written behind the end
-    out = torch.empty(*keys.shape[:-1], budget + 1, dtype=torch.int64, device=keys.device)
-    unit = torch.arange(keys.shape[-1], device=keys.device).expand_as(keys)
-    return out.scatter_(-1, slot, unit)[..., :budget]
+    return _indices(stays, budget)
 
 
 def order_keys(scores: Tensor, pinned: Tensor) -> Tensor:

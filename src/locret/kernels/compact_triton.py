@@ -1,8 +1,8 @@
 """`kept` and `compact` in Triton. Meaning and shapes: compact.py.
 
-`_kept`: one program a row [S], which may lie in two pieces. The threshold is built bit by bit from the top, each time
-counting the keys that reach it (32 counts at most; a row of up to HELD units stays in registers meanwhile), then one
-walk with a prefix sum writes.
+`_keys`, `_threshold`, `_write`: keys of all units by many programs; one a row builds the threshold, two bits at a time
+from the top, each time counting the keys that reach three candidates (16 counts at most; a row of up to HELD units
+stays in registers meanwhile), and counts what every part of the row keeps; many programs write.
 
 `_move`: a program takes some channels of some rows and copies them in blocks of units. Out of place the blocks are
 spread over programs; in place one program walks them from the left, with a barrier between a block's loads and its
@@ -10,7 +10,7 @@ stores: keep[j] >= j, so a later block reads nothing that an earlier one wrote. 
 touched. Every column is a few programs of the same launch.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, assignment"
 # a kernel's parameters are pointers, numbers and compile-time constants
 
 from __future__ import annotations
@@ -23,136 +23,220 @@ from torch import Tensor
 from locret.kernels.compact import Candidates, Column, in_place
 from locret.kernels.sizes import cdiv, next_power_of_2
 
-HELD = 32_768  # keys of one row in registers: 32 a thread
-WALK = 8192  # keys at once while kept units are written
+PART = 1024  # units of a program that makes keys, or writes
+HELD = 32_768  # keys of one row in registers, while the threshold is looked for: 64 a thread
+BLOCK = 4096  # of them in one tensor: rows are seldom powers of two
 SLICE_BYTES = 32  # of a unit's K or V per program in place: one sector
 TILE_BYTES = 32_768  # that a program has loaded at once
 
 
 @triton.jit
-def _at(old, new, strides, batch, head, unit, held, s, NEW: tl.constexpr):
-    """Numbers of units of old ++ new."""
+def _at(old, new, strides, batch, head, start, held, s, SIZE: tl.constexpr, NEW: tl.constexpr):
+    """Numbers of units start, start + 1, ... of old ++ new; most blocks lie in one of the two."""
     old_b, old_h, old_t, new_b, new_h, new_t = strides
-    found = tl.load(old + batch * old_b + head * old_h + unit * old_t, mask=unit < held, other=0)
+    old += batch * old_b + head * old_h
+    new += batch * new_b + head * new_h
+    unit = start + tl.arange(0, SIZE)
     if NEW:
-        at = new + batch * new_b + head * new_h + (unit - held) * new_t
-        found = tl.load(at, mask=(unit >= held) & (unit < s), other=found)  # into the same registers
+        if start >= held:
+            found = tl.load(new + (unit - held) * new_t, mask=unit < s, other=0)
+        elif start + SIZE <= held:
+            found = tl.load(old + unit * old_t)
+        else:
+            found = tl.load(old + unit * old_t, mask=unit < held, other=0)
+            found = tl.load(new + (unit - held) * new_t, mask=(unit >= held) & (unit < s), other=found)
+    else:
+        found = tl.load(old + unit * old_t, mask=unit < held, other=0)
     return found
 
 
-@triton.jit
-def _keys(olds, news, strides, batch, head, unit, held, s, first, newest, NEW: tl.constexpr):
-    """Signed keys in the order of the scores, and scores; what is no unit gets the least key of all, below -inf's."""
-    score = _at(olds[0], news[0], strides[0], batch, head, unit, held, s, NEW).to(tl.float32)
-    pin = _at(olds[1], news[1], strides[1], batch, head, unit, held, s, NEW) != 0
+@triton.jit(do_not_specialize=["sinks", "newest"])  # numbers that differ from chunk to chunk
+def _keys(
+    olds, news, strides, work_ptr, heads, held, s, sinks, newest, padded,
+    NEW: tl.constexpr, PIN: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """Signed keys in the order of the scores; what is no unit gets the least key of all, below -inf's.
+
+    olds, news: scores, pins and, if PIN, positions; strides: (b, h, t) of old and new of each.
+    """
+    row, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    batch, head = row // heads, row % heads
+    first = sinks  # how many units are sinks: they lie in the order of their positions
+    if PIN:
+        first = sinks * 0
+        for start in range(0, sinks, 128):
+            unit = start + tl.arange(0, 128)
+            position = _at(olds[2], news[2], strides[2], batch, head, start, held, s, 128, NEW)
+            first += tl.sum(((position < sinks) & (unit < sinks) & (unit < s)).to(tl.int32))
+    score = _at(olds[0], news[0], strides[0], batch, head, part * PART, held, s, PART, NEW).to(tl.float32)
+    pin = _at(olds[1], news[1], strides[1], batch, head, part * PART, held, s, PART, NEW) != 0
+    unit = part * PART + tl.arange(0, PART)
     pin |= (unit < first) | (unit >= s - newest)
     ordered = tl.where(score == 0.0, 0.0, score)  # -0 is +0
     bits = ordered.to(tl.int32, bitcast=True)
     key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     key = tl.where(score != score, 0x7FFFFFFE, key)
     key = tl.where(pin, 0x7FFFFFFF, key)
-    return tl.where(unit < s, key, -0x7FFFFFFF), score
-
-
-@triton.jit(do_not_specialize=["budget", "sinks", "newest"])  # numbers that differ from chunk to chunk
-def _kept(
-    olds, news, strides, out_ptr, sound_ptr, heads, held, s, budget, sinks, newest,
-    NEW: tl.constexpr, PIN: tl.constexpr, BLOCK: tl.constexpr, ONE: tl.constexpr, WALK: tl.constexpr,
-):  # fmt: skip
-    """olds, news: scores, pins and, if PIN, positions; strides: (b, h, t) of old and new of each."""
-    row = tl.program_id(0).to(tl.int64)
-    batch, head = row // heads, row % heads
-    out_ptr += row * budget
-    lane = tl.arange(0, BLOCK)
-    first = sinks  # how many units are sinks: they lie in the order of their positions
-    if PIN:
-        first = sinks * 0
-        for start in range(0, sinks, 128):
-            unit = start + tl.arange(0, 128)
-            position = _at(olds[2], news[2], strides[2], batch, head, unit, held, s, NEW)
-            first += tl.sum(((position < sinks) & (unit < sinks) & (unit < s)).to(tl.int32))
-    keys, _ = _keys(olds, news, strides, batch, head, lane, held, s, first, newest, NEW)  # all there is, if ONE
-
-    # the largest threshold that at least `budget` keys reach: -2**31 with bits flipped from the top, until it is exact
-    threshold = tl.full((), -0x80000000, tl.int32)
-    bit = budget * 0
-    count = bit
-    while (bit < 32) & (count != budget):
-        flipped = tl.full((), 1, tl.int32) << (31 - bit)  # the first is the sign
-        candidate = threshold ^ flipped
-        if ONE:
-            reach = tl.sum((keys >= candidate).to(tl.int32))
-        else:
-            counts = tl.zeros((BLOCK,), tl.int32)
-            for start in range(0, s, BLOCK):
-                key, _ = _keys(olds, news, strides, batch, head, start + lane, held, s, first, newest, NEW)
-                counts += (key >= candidate).to(tl.int32)
-            reach = tl.sum(counts)
-        if reach >= budget:
-            threshold = candidate
-            count = reach
-        bit += 1
-
-    if ONE:
-        above = tl.sum((keys > threshold).to(tl.int32))
-    else:
-        counts = tl.zeros((BLOCK,), tl.int32)
-        for start in range(0, s, BLOCK):
-            key, _ = _keys(olds, news, strides, batch, head, start + lane, held, s, first, newest, NEW)
-            counts += (key > threshold).to(tl.int32)
-        above = tl.sum(counts)
-
-    # the keys again, from the cache, in shorter blocks: the sums need registers as well. One sum of two numbers: units
-    # above in the lower 16 bits, ties in the upper ones
-    allowed = budget - above
-    above_before = above * 0
-    ties_before = above * 0
-    nothing = tl.zeros((WALK,), tl.float32)
-    for start in range(0, s, WALK):
-        unit = start + tl.arange(0, WALK)
-        key, score = _keys(olds, news, strides, batch, head, unit, held, s, first, newest, NEW)
-        nothing += tl.where(unit >= held, score * 0.0, 0.0)  # NaN for what is not finite
-        is_above = key > threshold
-        is_tie = (key == threshold) & (unit < s)
-        both = is_above.to(tl.int32) + (is_tie.to(tl.int32) << 16)
-        sums = tl.cumsum(both, 0)
-        ties = ties_before + (sums >> 16)
-        slot = above_before + (sums & 0xFFFF) + tl.minimum(ties, allowed) - 1
-        tl.store(out_ptr + slot, unit.to(tl.int64), mask=is_above | (is_tie & (ties <= allowed)))
-        all_ = tl.sum(both)
-        above_before += all_ & 0xFFFF
-        ties_before += all_ >> 16
+    tl.store(work_ptr + row * padded + unit, tl.where(unit < s, key, -0x7FFFFFFF))
     if NEW:
-        tl.store(sound_ptr + row, tl.sum(nothing))
+        nothing = tl.sum(tl.where(unit >= held, score * 0.0, 0.0))  # NaN for what is not finite
+        at = tl.num_programs(0) * padded + (3 * row + 2) * parts + part
+        tl.store(work_ptr + at, nothing.to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def _add(a, b, c, d, e, f):
+    return a + d, b + e, c + f
+
+
+@triton.jit
+def _reach(keys, first, second, third):
+    """How many keys of some blocks reach each of three thresholds."""
+    a, b, c = (keys[0] >= first).to(tl.int32), (keys[0] >= second).to(tl.int32), (keys[0] >= third).to(tl.int32)
+    for i in tl.static_range(1, len(keys)):
+        a += (keys[i] >= first).to(tl.int32)
+        b += (keys[i] >= second).to(tl.int32)
+        c += (keys[i] >= third).to(tl.int32)
+    return tl.reduce((a, b, c), 0, _add)
+
+
+@triton.jit
+def _count(keys, threshold, PART: tl.constexpr):
+    """Of every part of a block: how many keys are above, and equal."""
+    both = (keys > threshold).to(tl.int32) + ((keys == threshold).to(tl.int32) << 16)  # one sum of two numbers
+    sums = tl.sum(tl.reshape(both, (keys.shape[0] // PART, PART)), 1)
+    return sums & 0xFFFF, sums >> 16
+
+
+@triton.jit(do_not_specialize=["budget"])
+def _threshold(
+    work_ptr, sound_ptr, budget, padded, parts,
+    NEW: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """The largest threshold that at least `budget` keys reach, and how many are above and equal before each part.
+
+    BLOCKS: all that there are, their keys lie in registers; 0: keys are read again each time. PARTS: at least parts.
+    """
+    row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    keys_ptr = work_ptr + row * padded
+    counts_ptr = work_ptr + rows * padded + 3 * row * parts
+    lane = tl.arange(0, BLOCK)
+    keys = (tl.load(keys_ptr + lane),)
+    for i in tl.static_range(1, BLOCKS):
+        keys = keys + (tl.load(keys_ptr + i * BLOCK + lane),)  # noqa: RUF005 (a tuple of Triton's)
+
+    # two bits at a time from -2**31 up, until it is exact
+    threshold = tl.full((), -0x80000000, tl.int32)
+    bit = budget * 0 + 30
+    count = bit * 0
+    while (bit >= 0) & (count != budget):
+        one = tl.full((), 1, tl.int32) << bit
+        two = threshold + one + one
+        if BLOCKS:
+            reach1, reach2, reach3 = _reach(keys, threshold + one, two, two + one)
+        else:
+            reach1, reach2, reach3 = count * 0, count * 0, count * 0
+            for start in range(0, padded, BLOCK):
+                key = tl.load(keys_ptr + start + lane)
+                more1, more2, more3 = _reach((key,), threshold + one, two, two + one)
+                reach1 += more1
+                reach2 += more2
+                reach3 += more3
+        if reach2 >= budget:
+            count = reach2
+            threshold = two
+            reach1 = reach3
+        if reach1 >= budget:
+            count = reach1
+            threshold += one
+        bit -= 2
+
+    of_block = tl.arange(0, BLOCK // PART)
+    above_before, ties_before = count * 0, count * 0
+    for i in tl.static_range(BLOCKS):
+        above, ties = _count(keys[i], threshold, PART)
+        tl.store(counts_ptr + i * (BLOCK // PART) + of_block, above_before + tl.cumsum(above, 0) - above)
+        tl.store(counts_ptr + parts + i * (BLOCK // PART) + of_block, ties_before + tl.cumsum(ties, 0) - ties)
+        above_before += tl.sum(above)
+        ties_before += tl.sum(ties)
+    if BLOCKS == 0:
+        for start in range(0, padded, BLOCK):
+            above, ties = _count(tl.load(keys_ptr + start + lane), threshold, PART)
+            tl.store(counts_ptr + start // PART + of_block, above_before + tl.cumsum(above, 0) - above)
+            tl.store(counts_ptr + parts + start // PART + of_block, ties_before + tl.cumsum(ties, 0) - ties)
+            above_before += tl.sum(above)
+            ties_before += tl.sum(ties)
+    found_ptr = work_ptr + rows * (padded + 3 * parts) + 2 * row
+    tl.store(found_ptr, threshold)
+    tl.store(found_ptr + 1, budget - above_before)  # so many of the equal ones stay, the first
+    if NEW:
+        part = tl.arange(0, PARTS)
+        sound = tl.load(counts_ptr + 2 * parts + part, mask=part < parts, other=0)
+        tl.store(sound_ptr + row, tl.sum(sound.to(tl.float32, bitcast=True)))
+
+
+@triton.jit
+def _write(work_ptr, keep_ptr, dropped_ptr, s, budget, padded, DROP: tl.constexpr, PART: tl.constexpr):
+    """The indices of the units that stay and, if DROP, of those that go."""
+    row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    part, parts = tl.program_id(1), tl.num_programs(1)
+    unit = part * PART + tl.arange(0, PART)
+    key = tl.load(work_ptr + row * padded + unit)
+    counts_ptr = work_ptr + rows * padded + 3 * row * parts + part
+    found_ptr = work_ptr + rows * (padded + 3 * parts) + 2 * row
+    threshold, allowed = tl.load(found_ptr), tl.load(found_ptr + 1)
+    is_above, is_tie = key > threshold, key == threshold  # what is no unit is neither
+    sums = tl.cumsum(is_above.to(tl.int32) + (is_tie.to(tl.int32) << 16), 0)
+    ties = tl.load(counts_ptr + parts) + (sums >> 16)
+    upto = tl.load(counts_ptr) + (sums & 0xFFFF) + tl.minimum(ties, allowed)  # so many stay, up to each
+    stays = is_above | (is_tie & (ties <= allowed))
+    tl.store(keep_ptr + row * budget + upto - 1, unit.to(tl.int64), mask=stays)
+    if DROP:
+        goes = (unit < s) & (stays == 0)
+        tl.store(dropped_ptr + row * (s - budget) + unit - upto, unit.to(tl.int64), mask=goes)
 
 
 def kept_triton(scores: Tensor, pinned: Tensor, budget: int, out: Tensor | None = None) -> Tensor:
     """`kept`, into `out` int64 [B, Hkv, budget] if given."""
-    return _choose([scores, pinned], [], budget, 0, 0, out)[0]
+    return _choose([scores, pinned], [], budget, 0, 0, out, None)[0]
 
 
 def kept_beside_triton(
-    old: Candidates, new: Candidates, budget: int, num_sinks: int, num_newest: int, out: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """`kept_beside`, into `out` int64 [B, Hkv, budget] if given."""
+    old: Candidates, new: Candidates, budget: int, num_sinks: int, num_newest: int,
+    out: Tensor | None = None, dropped: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`kept_beside`, into `out` int64 [B, Hkv, budget] if given, and `dropped` int64 [B, Hkv, S - budget] if wanted."""
     olds, news = ([x.score, x.protected, x.position] for x in (old, new))
-    return _choose(olds, news, budget, num_sinks, num_newest, out)
+    return _choose(olds, news, budget, num_sinks, num_newest, out, dropped)
 
 
 def _choose(
-    olds: list[Tensor], news: list[Tensor], budget: int, num_sinks: int, num_newest: int, out: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    olds: list[Tensor], news: list[Tensor], budget: int, num_sinks: int, num_newest: int, out: Tensor | None,
+    dropped: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, heads, held = olds[0].shape
     s = held + (news[0].shape[2] if news else 0)
     if out is None:
         out = torch.empty(batch, heads, budget, dtype=torch.int64, device=olds[0].device)
     sound = torch.empty(batch, heads, dtype=torch.float32, device=out.device)
-    block, warps = kept_blocks(s)
+    rows, (part, block, blocks, warps) = batch * heads, kept_blocks(s)
+    padded = cdiv(s, block) * block
+    parts = padded // part
+    # keys; for each part how many are above and equal before it, and NaN if scores are; threshold, equal ones that stay
+    work = torch.empty(rows * (padded + 3 * parts + 2), dtype=torch.int32, device=out.device)
     behind = news or olds
-    _kept[(batch * heads,)](
-        _numbers(olds), _numbers(behind), tuple((*x.stride(), *y.stride()) for x, y in zip(olds, behind)),
-        out, sound, heads, held, s, budget, num_sinks, num_newest,
-        NEW=bool(news), PIN=len(olds) == 3, BLOCK=block, ONE=s <= block, WALK=min(block, WALK), num_warps=warps,
+    strides = tuple((*x.stride(), *y.stride()) for x, y in zip(olds, behind))
+    _keys[(rows, parts)](
+        _numbers(olds), _numbers(behind), strides, work, heads, held, s, num_sinks, num_newest, padded,
+        NEW=bool(news), PIN=len(olds) == 3, PART=part, num_warps=4,
+    )  # fmt: skip
+    _threshold[(rows,)](
+        work, sound, budget, padded, parts, NEW=bool(news), PART=part, PARTS=next_power_of_2(parts), BLOCK=block,
+        BLOCKS=blocks, num_warps=warps,
+    )  # fmt: skip
+    _write[(rows, parts)](
+        work, out, out if dropped is None else dropped, s, budget, padded, DROP=dropped is not None, PART=part,
+        num_warps=4,
     )  # fmt: skip
     return out, sound
 
@@ -162,10 +246,13 @@ def _numbers(tensors: list[Tensor]) -> tuple[Tensor, ...]:
     return tuple(x.view(torch.uint8) if x.dtype == torch.bool else x for x in tensors)
 
 
-def kept_blocks(s: int) -> tuple[int, int]:
-    """Units of a block and warps of a program for rows of `s` units."""
-    block = min(max(next_power_of_2(s), 128), HELD)
-    return block, min(max(block // 1024, 4), 32)
+def kept_blocks(s: int) -> tuple[int, int, int, int]:
+    """For rows of `s` units: units of a part and of a block, how many blocks lie in registers (0: too many), and warps
+    of a program that looks for a threshold."""
+    block = min(max(next_power_of_2(s), 128), BLOCK, HELD)
+    blocks = cdiv(s, block)
+    warps = min(max(next_power_of_2(blocks * block // 1024), 4), 16)
+    return min(PART, block), block, blocks if blocks * block <= HELD else 0, warps
 
 
 @triton.jit
@@ -219,8 +306,8 @@ def compact_triton(columns: list[Column], keep: Tensor) -> None:
             continue
         places.add(in_place(column))
         fresh.add(column.new is not None)
-        old, out = _flat(column.old), _flat(out)
-        new = old if column.new is None else _flat(column.new)
+        old, out = flat(column.old), flat(out)
+        new = old if column.new is None else flat(column.new)
         assert out.data_ptr() == column.out.data_ptr(), "a unit's numbers lie together in the slab"
         width = out.shape[3] if out.dim() == 4 else 1
         slice_, block = move_tile(width, out.element_size(), place=True in places)
@@ -245,10 +332,10 @@ def move_tile(width: int, element_size: int, *, place: bool) -> tuple[int, int]:
     """Channels and units of a block: in place thin slices of many units, as only one program may walk them."""
     most = max(1, (SLICE_BYTES if place else 256) // element_size)
     slice_ = min(next_power_of_2(width), most)
-    return slice_, max(16, min(1024, TILE_BYTES // (slice_ * element_size)))
+    return slice_, max(16, min(1024 if width > 1 else 4096, TILE_BYTES // (slice_ * element_size)))
 
 
-def _flat(x: Tensor) -> Tensor:
+def flat(x: Tensor) -> Tensor:
     """Three axes, or a fourth of numbers that lie together; flags as bytes. A view, if x is laid out so."""
     x = x.view(torch.uint8) if x.dtype == torch.bool else x
     if x.dim() > 4:
