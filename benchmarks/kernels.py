@@ -31,7 +31,7 @@ from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, fle
 from locret.files import write_text
 from locret.kernels.attention import PARTS, Part, prefix_causal_attention
 from locret.kernels.choice import KERNELS, present
-from locret.kernels.compact import Column, reference_compact, reference_kept
+from locret.kernels.compact import Column, others, reference_compact, reference_kept
 from locret.kernels.compact_triton import compact_triton, kept_triton
 from locret.kernels.decode_attention import (
     EVERYTHING,
@@ -42,6 +42,8 @@ from locret.kernels.decode_attention import (
     torch_decode_attention,
 )
 from locret.kernels.decode_attention_triton import Tile, decode_attention_triton, default_tile
+from locret.kernels.fill import reference_fill
+from locret.kernels.fill_triton import fill_triton
 from locret.storage import Affine
 
 CUDA = torch.cuda.is_available()
@@ -163,16 +165,37 @@ class Bench:
             x = torch.randn(batch, heads, units, dim, device=DEVICE).bfloat16()
             kinds = [x] if storage == "dense" else list(Affine(int(storage[3:])).encode(x).parts.values())
             kinds = kinds + [part.clone() for part in kinds]  # V
-            position = torch.randint(0, 1 << 40, (batch, heads, units), device=DEVICE)
-            return [*kinds, torch.rand(batch, heads, units, device=DEVICE), position, position > 1 << 39]
+            position = torch.randint(0, 1 << 30, (batch, heads, units), dtype=torch.int32, device=DEVICE)
+            return [*kinds, torch.rand(batch, heads, units, device=DEVICE), position, position > 1 << 29]
 
         old, new = numbers(budget), numbers(chunk)
         return [Column(a, b, a if place else torch.empty_like(a)) for a, b in zip(old, new, strict=True)]
 
-    def compact(self, batch: int, budget: int, storage: str, place: bool) -> Row:
-        columns = self.columns(batch, budget, storage, place)
+    def random_keep(self, batch: int, budget: int) -> Tensor:
         keep = torch.rand(batch, self.shape.hkv, budget + self.shape.chunk, device=DEVICE)
-        keep = keep.argsort(-1)[..., :budget].sort(-1).values
+        return keep.argsort(-1)[..., :budget].sort(-1).values
+
+    def fill(self, budget: int, storage: str) -> Row:
+        """K and V of the new units; beside it what the others do not move for any more."""
+        columns = self.columns(1, budget, storage, True)[:-3]
+        keep = self.random_keep(1, budget)
+        dropped = others(keep, budget + self.shape.chunk)
+        slots = torch.rand(keep.shape, device=DEVICE).argsort(-1).int()
+        twin = [Column(old, new, out.clone()) for old, new, out in columns]
+        reference_fill(twin, slots, keep, dropped)
+        fill_triton(columns, slots, keep, dropped)
+        wrong = float(sum((mine.out != theirs.out).sum() for mine, theirs in zip(columns, twin, strict=True)))
+        unit = sum(column.out.nbytes for column in columns) // (self.shape.hkv * budget)
+        return row("fill", dict(batch=1, budget=budget, storage=storage), wrong, 0,
+                   2 * unit * int((keep >= budget).sum()), lambda: fill_triton(columns, slots, keep, dropped),
+                   {"gather and copy all": lambda: reference_compact(columns, keep)}, self)  # fmt: skip
+
+    def compact(self, batch: int, budget: int, storage: str, place: bool) -> Row:
+        """storage "none": scores, positions and flags only, and slots, as `fill` leaves them."""
+        columns = self.columns(batch, budget, "dense" if storage == "none" else storage, place)
+        if storage == "none":
+            columns = [*columns[-3:], columns[-2]._replace(old=(slots := columns[-2].old.clone()), out=slots)]
+        keep = self.random_keep(batch, budget)
         twin = [Column(old.clone(), new, old.clone()) for old, new, _ in columns]
         reference_compact(twin, keep)
         compact_triton(columns, keep)
@@ -239,6 +262,8 @@ class Bench:
             found += [
                 self.compact(1, budget, storage, place) for storage in ("dense", "int4") for place in (True, False)
             ]
+            found += [self.compact(1, budget, "none", True)]
+            found += [self.fill(budget, storage) for storage in ("dense", "int4")]
             for batch in self.shape.batches:
                 found += [self.decode(batch, budget, storage, False) for storage in ("dense", "int8", "int4")]
             found.append(self.decode(self.shape.batches[1], budget, "dense", True))

@@ -289,7 +289,7 @@ types |= dict(dropped_ptr="*i64", sound_ptr="*fp32")
 build(_keys, types, dict(NEW=True, PIN=True, PART=1024), 4)
 for blocks in (5, 0):
     build(_threshold, types, dict(NEW=True, PART=1024, PARTS=32, BLOCK=4096, BLOCKS=blocks), 16)
-build(_write, types, dict(DROP=True, PART=1024), 4)
+build(_write, types, dict(DROP=True, PART=1024, PARTS=32), 4)
 pointers = ("*bf16", "*bf16", "*fp32", "*i64", "*u8")
 types = dict(olds=pointers, news=pointers, outs=pointers, strides=(("i32",) * 9,) * 5, keep_ptr="*i64")
 types |= dict(heads="i32", b="i32", held="i32")

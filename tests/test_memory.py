@@ -175,12 +175,14 @@ def test_no_chunk_is_shorter_than_256(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_layer_s_turn_by_hand() -> None:
-    """Rotated keys; of codes also what is decoded; where logits are capped, three copies of 256 rows of them."""
+    """Rotated keys, and slots of all layers; of codes also what is decoded; where logits are capped, three copies of
+    256 rows of them."""
     backbone = talker().backbone
     keys = 3 * backbone.num_kv_heads * (BUDGET + 1) * backbone.head_dim * 4
     for storage, copies in (("dense", 1), ("int4", 3)):
         reader = reader_of(backbone, "knorm", None, batch=3, budget=BUDGET, storage=storage)
-        assert reader.layer_bytes == copies * keys
+        slots = 4 * 3 * backbone.num_kv_heads * (BUDGET + 1) * backbone.num_layers
+        assert reader.layer_bytes == copies * keys + slots
     capped = Backbone(build_tiny_model("gemma2-window"))
     reader = reader_of(capped, "knorm", None, batch=3, budget=BUDGET)
     keys = 3 * capped.num_kv_heads * (BUDGET + 1) * capped.head_dim * 4

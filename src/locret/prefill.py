@@ -188,7 +188,8 @@ class Reader:
     @property
     def layer_bytes(self) -> int:
         """What the units before a chunk take while a layer attends to them, beside slabs and workspace: rotated keys,
-        decoded or padded ones, and logits where they are capped (`kernels.attention`, blocks of 256 rows)."""
+        decoded or padded ones, and logits where they are capped (`kernels.attention`, blocks of 256 rows). And where
+        units of all layers lie, if they may lie in any order (`LayerCache.slots`)."""
         cache, backbone = self.cache, self.backbone
         units = max(layer.slab.tensors()["score"].numel() for layer in cache.layers)  # of all rows and KV heads
         copies = 3 if cache.stores is not None or self.method.ragged else 1
@@ -196,6 +197,8 @@ class Reader:
         if any(call.softcap is not None for call in backbone.calls):
             units += cache.batch * backbone.num_kv_heads * cache.chunk_size
             found += 3 * 256 * 4 * units * backbone.num_q_heads // backbone.num_kv_heads
+        if not cache.joins:
+            found += sum(4 * layer.slab.tensors()["score"].numel() for layer in cache.layers if layer.window is None)
         return found
 
     def copy(self) -> Reader:

@@ -2,7 +2,7 @@
 
 `_keys`, `_threshold`, `_write`: keys of all units by many programs; one a row builds the threshold, two bits at a time
 from the top, each time counting the keys that reach three candidates (16 counts at most; a row of up to HELD units
-stays in registers meanwhile), and counts what every part of the row keeps; many programs write.
+stays in registers meanwhile), and counts what every part of the row has of it; many programs write.
 
 `_move`: a program takes some channels of some rows and copies them in blocks of units. Out of place the blocks are
 spread over programs; in place one program walks them from the left, with a barrier between a block's loads and its
@@ -80,7 +80,7 @@ def _keys(
     tl.store(work_ptr + row * padded + unit, tl.where(unit < s, key, -0x7FFFFFFF))
     if NEW:
         nothing = tl.sum(tl.where(unit >= held, score * 0.0, 0.0))  # NaN for what is not finite
-        at = tl.num_programs(0) * padded + (3 * row + 2) * parts + part
+        at = tl.num_programs(0) * padded + (2 * row + 1) * parts + part
         tl.store(work_ptr + at, nothing.to(tl.int32, bitcast=True))
 
 
@@ -94,18 +94,16 @@ def _reach(keys, first, second, third):
     """How many keys of some blocks reach each of three thresholds."""
     a, b, c = (keys[0] >= first).to(tl.int32), (keys[0] >= second).to(tl.int32), (keys[0] >= third).to(tl.int32)
     for i in tl.static_range(1, len(keys)):
-        a += (keys[i] >= first).to(tl.int32)
-        b += (keys[i] >= second).to(tl.int32)
-        c += (keys[i] >= third).to(tl.int32)
+        a = tl.where(keys[i] >= first, a + 1, a)
+        b = tl.where(keys[i] >= second, b + 1, b)
+        c = tl.where(keys[i] >= third, c + 1, c)
     return tl.reduce((a, b, c), 0, _add)
 
 
 @triton.jit
-def _count(keys, threshold, PART: tl.constexpr):
-    """Of every part of a block: how many keys are above, and equal."""
-    both = (keys > threshold).to(tl.int32) + ((keys == threshold).to(tl.int32) << 16)  # one sum of two numbers
-    sums = tl.sum(tl.reshape(both, (keys.shape[0] // PART, PART)), 1)
-    return sums & 0xFFFF, sums >> 16
+def _both(keys, threshold):
+    """1 for keys above, 2**16 for equal ones: one sum of two numbers."""
+    return (keys > threshold).to(tl.int32) + ((keys == threshold).to(tl.int32) << 16)
 
 
 @triton.jit(do_not_specialize=["budget"])
@@ -113,13 +111,13 @@ def _threshold(
     work_ptr, sound_ptr, budget, padded, parts,
     NEW: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """The largest threshold that at least `budget` keys reach, and how many are above and equal before each part.
+    """The largest threshold that at least `budget` keys reach, and how many of each part are above and equal.
 
     BLOCKS: all that there are, their keys lie in registers; 0: keys are read again each time. PARTS: at least parts.
     """
     row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     keys_ptr = work_ptr + row * padded
-    counts_ptr = work_ptr + rows * padded + 3 * row * parts
+    counts_ptr = work_ptr + rows * padded + 2 * row * parts
     lane = tl.arange(0, BLOCK)
     keys = (tl.load(keys_ptr + lane),)
     for i in tl.static_range(1, BLOCKS):
@@ -152,44 +150,40 @@ def _threshold(
         bit -= 2
 
     of_block = tl.arange(0, BLOCK // PART)
-    above_before, ties_before = count * 0, count * 0
     for i in tl.static_range(BLOCKS):
-        above, ties = _count(keys[i], threshold, PART)
-        tl.store(counts_ptr + i * (BLOCK // PART) + of_block, above_before + tl.cumsum(above, 0) - above)
-        tl.store(counts_ptr + parts + i * (BLOCK // PART) + of_block, ties_before + tl.cumsum(ties, 0) - ties)
-        above_before += tl.sum(above)
-        ties_before += tl.sum(ties)
+        sums = tl.sum(tl.reshape(_both(keys[i], threshold), (BLOCK // PART, PART)), 1)
+        tl.store(counts_ptr + i * (BLOCK // PART) + of_block, sums)
     if BLOCKS == 0:
         for start in range(0, padded, BLOCK):
-            above, ties = _count(tl.load(keys_ptr + start + lane), threshold, PART)
-            tl.store(counts_ptr + start // PART + of_block, above_before + tl.cumsum(above, 0) - above)
-            tl.store(counts_ptr + parts + start // PART + of_block, ties_before + tl.cumsum(ties, 0) - ties)
-            above_before += tl.sum(above)
-            ties_before += tl.sum(ties)
-    found_ptr = work_ptr + rows * (padded + 3 * parts) + 2 * row
-    tl.store(found_ptr, threshold)
-    tl.store(found_ptr + 1, budget - above_before)  # so many of the equal ones stay, the first
+            both = _both(tl.load(keys_ptr + start + lane), threshold)
+            sums = tl.sum(tl.reshape(both, (BLOCK // PART, PART)), 1)
+            tl.store(counts_ptr + start // PART + of_block, sums)
+    tl.store(work_ptr + rows * (padded + 2 * parts) + row, threshold)
     if NEW:
         part = tl.arange(0, PARTS)
-        sound = tl.load(counts_ptr + 2 * parts + part, mask=part < parts, other=0)
+        sound = tl.load(counts_ptr + parts + part, mask=part < parts, other=0)
         tl.store(sound_ptr + row, tl.sum(sound.to(tl.float32, bitcast=True)))
 
 
 @triton.jit
-def _write(work_ptr, keep_ptr, dropped_ptr, s, budget, padded, DROP: tl.constexpr, PART: tl.constexpr):
+def _write(
+    work_ptr, keep_ptr, dropped_ptr, s, budget, padded, DROP: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr
+):
     """The indices of the units that stay and, if DROP, of those that go."""
     row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     part, parts = tl.program_id(1), tl.num_programs(1)
     unit = part * PART + tl.arange(0, PART)
     key = tl.load(work_ptr + row * padded + unit)
-    counts_ptr = work_ptr + rows * padded + 3 * row * parts + part
-    found_ptr = work_ptr + rows * (padded + 3 * parts) + 2 * row
-    threshold, allowed = tl.load(found_ptr), tl.load(found_ptr + 1)
-    is_above, is_tie = key > threshold, key == threshold  # what is no unit is neither
-    sums = tl.cumsum(is_above.to(tl.int32) + (is_tie.to(tl.int32) << 16), 0)
-    ties = tl.load(counts_ptr + parts) + (sums >> 16)
-    upto = tl.load(counts_ptr) + (sums & 0xFFFF) + tl.minimum(ties, allowed)  # so many stay, up to each
-    stays = is_above | (is_tie & (ties <= allowed))
+    threshold = tl.load(work_ptr + rows * (padded + 2 * parts) + row)
+    of_part = tl.arange(0, PARTS)
+    counts = tl.load(work_ptr + rows * padded + 2 * row * parts + of_part, mask=of_part < parts, other=0)
+    before = tl.where(of_part < part, counts, 0)
+    above_before, ties_before = tl.sum(before & 0xFFFF), tl.sum(before >> 16)
+    allowed = budget - tl.sum(counts & 0xFFFF)  # so many of the equal ones stay, the first
+    sums = tl.cumsum(_both(key, threshold), 0)
+    ties = ties_before + (sums >> 16)
+    upto = above_before + (sums & 0xFFFF) + tl.minimum(ties, allowed)  # so many stay, up to each
+    stays = (key > threshold) | ((key == threshold) & (ties <= allowed))  # what is no unit is neither
     tl.store(keep_ptr + row * budget + upto - 1, unit.to(tl.int64), mask=stays)
     if DROP:
         goes = (unit < s) & (stays == 0)
@@ -222,8 +216,8 @@ def _choose(
     rows, (part, block, blocks, warps) = batch * heads, kept_blocks(s)
     padded = cdiv(s, block) * block
     parts = padded // part
-    # keys; for each part how many are above and equal before it, and NaN if scores are; threshold, equal ones that stay
-    work = torch.empty(rows * (padded + 3 * parts + 2), dtype=torch.int32, device=out.device)
+    # keys; of each part how many are above and equal, and NaN if scores are; the threshold
+    work = torch.empty(rows * (padded + 2 * parts + 1), dtype=torch.int32, device=out.device)
     behind = news or olds
     strides = tuple((*x.stride(), *y.stride()) for x, y in zip(olds, behind))
     _keys[(rows, parts)](
@@ -236,7 +230,7 @@ def _choose(
     )  # fmt: skip
     _write[(rows, parts)](
         work, out, out if dropped is None else dropped, s, budget, padded, DROP=dropped is not None, PART=part,
-        num_warps=4,
+        PARTS=next_power_of_2(parts), num_warps=4,
     )  # fmt: skip
     return out, sound
 
