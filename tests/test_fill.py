@@ -265,14 +265,19 @@ def test_no_kernel_no_slots(backbone):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "share"), [(torch.bfloat16, 0.8), (torch.float32, 0.99)])
 @pytest.mark.parametrize("name", ["locret", "knorm", "random"])
-def test_a_prompt_read_on_a_gpu(name, monkeypatch):
-    """The same bits each time, and nearly always the units that stay where all of them move up."""
+def test_a_prompt_read_on_a_gpu(name, dtype, share, monkeypatch):
+    """The same bits each time, and nearly always the units that stay where all of them move up.
+
+    In bfloat16 another order of sums is felt: on a CPU, by the torch paths, 86 % are the same in the fourth layer, and
+    all in float32.
+    """
     model = build_tiny_model("llama", head_dim=64, num_hidden_layers=4, max_position_embeddings=32_768)
-    backbone = Backbone(model.to("cuda", torch.bfloat16))
+    backbone = Backbone(model.to("cuda", dtype))
     method = method_of(name, backbone)
     if hasattr(method, "heads"):
-        method.heads.to("cuda", torch.bfloat16)
+        method.heads.to("cuda", dtype)
     ids = tokens(20_000).cuda()
     options = dict(budget=4096, chunk_size=2048, num_stabilizers=64, local_window=64)
 
@@ -289,4 +294,4 @@ def test_a_prompt_read_on_a_gpu(name, monkeypatch):
     mine, theirs = ([x for x in units if x.dtype == torch.int32] for units in (want, read()))
     assert torch.equal(mine[0], theirs[0]), "the first layer's do not depend on any sum"
     rows = [(a, b) for x, y in zip(mine, theirs, strict=True) for a, b in zip(x[0], y[0], strict=True)]
-    assert min(torch.isin(a, b).float().mean() for a, b in rows) > 0.99
+    assert min(torch.isin(a, b).float().mean() for a, b in rows) > share
