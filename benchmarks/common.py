@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,18 +14,16 @@ import torch
 import transformers
 
 import locret
+from locret.evaluate.machine import commit
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
 def provenance() -> dict[str, Any]:
-    """What a reader needs to repeat the numbers. LOCRET_COMMIT names the commit where git is not at hand."""
-    commit = os.environ.get("LOCRET_COMMIT") or subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=ROOT
-    ).stdout.strip()  # fmt: skip
+    """What a reader needs to repeat the numbers."""
     return {
-        "command": " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit,
+        "command": " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit(),
         "date": time.strftime("%Y-%m-%d"), "locret": locret.__version__, "torch": torch.__version__,
         "transformers": transformers.__version__, "python": platform.python_version(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",

@@ -104,8 +104,8 @@ def test_the_recorded_peak_of_llama_8b_is_below_the_plan_s_and_near_it() -> None
     """Our own walk through the layers takes half of what the modules do or less; the heads' and cuBLAS's 0.1 GB are
     weights and runtime of the plan."""
     runs = json.loads((ROOT / "benchmarks" / "results" / "bench-h200.json").read_text())["runs"]
-    rows = [run["rows"][0] for run in runs if "131072" in run["command"] and "--budget 16384" in run["command"]]
-    assert {(row["engine"], row["length"], row["batch"]) for row in rows} == {("locret", 131_072, 1)}
+    rows = [row for run in runs if "--budget 16384" in run["command"] for row in run["rows"]
+            if (row["engine"], row["length"], row["batch"]) == ("locret", 131_072, 1)]  # fmt: skip
     recorded = max(rows, key=lambda row: row["peak_bytes"])
     assert recorded["peak_bytes"] == pytest.approx(18.59e9, rel=1e-3)  # docs/bench.md
     plan = make_plan(Shape.of(shape_config("llama-3.1-8b")), get_card("h200"), context=131_072, budget=16384)

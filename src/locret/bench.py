@@ -18,7 +18,6 @@ import gc
 import math
 import platform
 import statistics
-import subprocess
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -38,6 +37,7 @@ from locret.cache import out_of_memory
 from locret.config import CacheConfig
 from locret.engine import LLM
 from locret.errors import ConfigError
+from locret.evaluate.machine import commit
 from locret.heads import HeadsConfig, RetainingHeads
 from locret.methods import Method, get_method
 from locret.plan import DTYPES, Card, Footprint, Shape, decode_work, footprint, prefill_work, shape_config
@@ -495,16 +495,11 @@ def _peak(device: torch.device) -> int | None:
 
 def _machine(backbone: Backbone) -> dict[str, Any]:
     device = backbone.device
-    try:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
-                                text=True, check=False, timeout=5).stdout.strip()  # fmt: skip
-    except OSError:
-        commit = ""
     return {
         "device": device.type, "threads": torch.get_num_threads(),
         "name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "torch": torch.__version__, "transformers": transformers.__version__, "locret": locret.__version__,
-        "python": platform.python_version(), "commit": commit, "date": time.strftime("%Y-%m-%d"),
+        "python": platform.python_version(), "commit": commit(), "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
 
 

@@ -393,7 +393,7 @@ class LayerCache:
 
     def append(self, new: Units, workspace: Units | None) -> Units:
         """Put a chunk behind the held units; returns all of them. They stay where they are until `keep` or `settle`."""
-        self.order()
+        self.order(settled=True)
         total = self.held + len(new)
         if isinstance(self.slab, Packed):
             self._source, self._joined = self.slab[slice(0, self.held)].join(new)
@@ -497,7 +497,7 @@ class LayerCache:
 
     def reopen(self) -> Units:
         """The held units as if they had just been appended, for an eviction after the fact."""
-        self.order()
+        self.order(settled=True)
         self._source = self.slab[slice(0, self.held)]
         self._joined = self._source.units()
         return self._joined
@@ -514,7 +514,7 @@ class LayerCache:
 
         Of units in codes only where each is encoded once and for all (not `Tailed`).
         """
-        self.order()
+        self.order(settled=True)
         return self._lay(None).tensors()  # nothing is new: what stays moves up in place
 
     @property
@@ -748,8 +748,6 @@ class KVCache:
 
     def _moved(self, indices: Tensor | None) -> KVCache:
         """All sequences, or some of them, in memory of their own."""
-        for layer in self.layers:
-            layer.order()
         twin = object.__new__(KVCache)
         twin.__dict__.update(self.__dict__)
         if indices is not None:
@@ -757,6 +755,8 @@ class KVCache:
         if self._whole is None:
             twin.layers = [layer.copy() if indices is None else layer.take_rows(indices) for layer in self.layers]
         else:
+            for layer in self.layers:
+                layer.order()
             layers, (rows, _) = len(self.layers), self._shape
             taken = torch.arange(rows, device=self._device) if indices is None else indices
             every = (torch.arange(layers, device=taken.device)[:, None] * rows + taken).flatten()

@@ -479,7 +479,7 @@ class ChunkPass:
         before, scale, fills = held.held, view.scale, self._fills(held, view)
         new = self._new_units(view.k, view.v, self.reader.method.score(view))
         if not fills:
-            held.order()
+            held.order(settled=True)
         old, stored = held.beside(new)
         pieces = [Candidates(x.score, x.position, x.protected) for x in (old, new)]
         choice = self._choose(view, *pieces, drops=fills)

@@ -7,7 +7,6 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,10 @@ from locret.files import write_text
 
 
 def provenance(backbone: Backbone) -> dict[str, Any]:
-    """What a reader needs to repeat the numbers; LOCRET_COMMIT stands in where there is no git."""
+    """What a reader needs to repeat the numbers."""
     cuda = backbone.device.type == "cuda"
     return {
-        "commit": os.environ.get("LOCRET_COMMIT") or _git("rev-parse", "--short=12", "HEAD"),
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "locret": locret.__version__,
         "torch": torch.__version__,
@@ -33,13 +32,16 @@ def provenance(backbone: Backbone) -> dict[str, Any]:
     }
 
 
-def _git(*arguments: str) -> str:
-    run: Callable[..., Any] = subprocess.run
+def commit() -> str:
+    """Of this program, or ""; LOCRET_COMMIT says it where git does not know."""
+    if named := os.environ.get("LOCRET_COMMIT"):
+        return named
+    ask, place = ["git", "rev-parse", "--short=12", "HEAD"], Path(__file__).parent
     try:
-        place = Path(__file__).parent
-        return run(["git", *arguments], cwd=place, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:
+        run = subprocess.run(ask, cwd=place, capture_output=True, text=True, check=False, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
         return ""
+    return run.stdout.strip()
 
 
 def _cpu() -> str:

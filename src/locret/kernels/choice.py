@@ -55,7 +55,7 @@ class Measured(NamedTuple):
 
 _H200 = "one H200, torch 2.11, cuDNN 9.19, prefix of 16,384: benchmarks/results/prefill-kernels-h200.json"
 
-# New entries: python benchmarks/kernels.py --sweep prefill prints them. Below an entry's rows: flash.
+# New entries: python benchmarks/kernel_speed.py --sweep prefill prints them. Below an entry's rows: flash.
 TABLE = (
     # 1,024 is no crossing of rates: a new shape costs cuDNN 40 ms of planning once, and short ends of prompts differ
     Measured((9, 0), 64, 1024, {"cudnn": 439.8, "flash": 287.4, "efficient": 106.8}, _H200),

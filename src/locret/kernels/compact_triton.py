@@ -50,7 +50,7 @@ def _at(old, new, strides, batch, head, start, held, s, SIZE: tl.constexpr, NEW:
     return found
 
 
-@triton.jit(do_not_specialize=["sinks", "newest"])  # numbers that differ from chunk to chunk
+@triton.jit(do_not_specialize=["held", "s", "sinks", "newest"])  # numbers that differ from chunk to chunk
 def _keys(
     olds, news, strides, work_ptr, heads, held, s, sinks, newest, padded,
     NEW: tl.constexpr, PIN: tl.constexpr, PART: tl.constexpr,
@@ -90,14 +90,12 @@ def _add(a, b, c, d, e, f):
 
 
 @triton.jit
-def _reach(keys, first, second, third):
-    """How many keys of some blocks reach each of three thresholds."""
-    a, b, c = (keys[0] >= first).to(tl.int32), (keys[0] >= second).to(tl.int32), (keys[0] >= third).to(tl.int32)
-    for i in tl.static_range(1, len(keys)):
-        a = tl.where(keys[i] >= first, a + 1, a)
-        b = tl.where(keys[i] >= second, b + 1, b)
-        c = tl.where(keys[i] >= third, c + 1, c)
-    return tl.reduce((a, b, c), 0, _add)
+def _reach(keys, first, second, third, a, b, c):
+    """Counts of the keys that reach each of three thresholds, element by element."""
+    a = tl.where(keys >= first, a + 1, a)
+    b = tl.where(keys >= second, b + 1, b)
+    c = tl.where(keys >= third, c + 1, c)
+    return a, b, c
 
 
 @triton.jit
@@ -124,22 +122,21 @@ def _threshold(
         keys = keys + (tl.load(keys_ptr + i * BLOCK + lane),)  # noqa: RUF005 (a tuple of Triton's)
 
     # two bits at a time from -2**31 up, until it is exact
+    zeros = tl.zeros((BLOCK,), tl.int32)
     threshold = tl.full((), -0x80000000, tl.int32)
     bit = budget * 0 + 30
     count = bit * 0
     while (bit >= 0) & (count != budget):
         one = tl.full((), 1, tl.int32) << bit
         two = threshold + one + one
-        if BLOCKS:
-            reach1, reach2, reach3 = _reach(keys, threshold + one, two, two + one)
-        else:
-            reach1, reach2, reach3 = count * 0, count * 0, count * 0
+        a, b, c = zeros, zeros, zeros
+        for i in tl.static_range(BLOCKS):
+            a, b, c = _reach(keys[i], threshold + one, two, two + one, a, b, c)
+        if BLOCKS == 0:
             for start in range(0, padded, BLOCK):
                 key = tl.load(keys_ptr + start + lane)
-                more1, more2, more3 = _reach((key,), threshold + one, two, two + one)
-                reach1 += more1
-                reach2 += more2
-                reach3 += more3
+                a, b, c = _reach(key, threshold + one, two, two + one, a, b, c)
+        reach1, reach2, reach3 = tl.reduce((a, b, c), 0, _add)
         if reach2 >= budget:
             count = reach2
             threshold = two
@@ -165,7 +162,7 @@ def _threshold(
         tl.store(sound_ptr + row, tl.sum(sound.to(tl.float32, bitcast=True)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["s", "budget"])
 def _write(
     work_ptr, keep_ptr, dropped_ptr, s, budget, padded, DROP: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr
 ):

@@ -214,7 +214,7 @@ def _merge(part_ptr, lse_ptr, out_ptr, splits, ROWS: tl.constexpr, DIM: tl.const
 
 @dataclass(frozen=True)
 class Tile:
-    """How a kernel is laid out; results differ in rounding only. benchmarks/kernels.py --sweep tries others."""
+    """How a kernel is laid out; results differ in rounding only. benchmarks/kernel_speed.py --sweep tries others."""
 
     slots: int  # at once
     stretch: int | None = None  # slots of a program; None: by the number of multiprocessors

@@ -18,7 +18,7 @@ UNITS = 32  # of a program
 COUNTED = 4096  # units at once while those that go are counted
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["held", "count"])  # numbers that differ from chunk to chunk
 def _fill(
     news, outs, strides, slots_ptr, keep_ptr, dropped_ptr, taken_ptr, heads, held, count,
     WIDTHS: tl.constexpr, BLOCKS: tl.constexpr, UNITS: tl.constexpr, COUNTED: tl.constexpr,

@@ -1,8 +1,8 @@
 """Every Triton kernel against its torch path on the device at hand: right, how fast, how near to the memory's speed.
 
-    python benchmarks/kernels.py --output benchmarks/results/kernels.json          # a CUDA device; under a minute
-    python benchmarks/kernels.py --sweep prefill --output FILE                     # instead: fused prefill kernels
-    TRITON_INTERPRET=1 python benchmarks/kernels.py --tiny                         # does the script run? no timings
+    python benchmarks/kernel_speed.py --output benchmarks/results/kernels.json # a CUDA device; under a minute
+    python benchmarks/kernel_speed.py --sweep prefill --output FILE  # instead: fused prefill kernels
+    TRITON_INTERPRET=1 python benchmarks/kernel_speed.py --tiny  # does the script run? no timings
 
 Llama-3.1-8B's attention: 32 query and 8 KV heads of 128 channels, bf16. Every call is captured in a CUDA graph, so that
 Python's launches are not timed, and replayed after a write over the L2 cache, as 31 other layers would. `share` is the
@@ -435,8 +435,8 @@ def main() -> None:
         return
     rows = bench.rows()
     report = dict(
-        device=torch.cuda.get_device_name() if CUDA else "cpu", torch=torch.__version__, triton=triton.__version__,
-        copy_gbps=round(bench.gbps, 1), verdicts=verdicts(rows), rows=rows,
+        provenance=provenance(), device=torch.cuda.get_device_name() if CUDA else "cpu", torch=torch.__version__,
+        triton=triton.__version__, copy_gbps=round(bench.gbps, 1), verdicts=verdicts(rows), rows=rows,
         seconds=round(time.perf_counter() - started, 1),
     )  # fmt: skip
     text = json.dumps(report, indent=1)
@@ -446,8 +446,8 @@ def main() -> None:
         where = ", ".join(
             f"{key} {row[key]}" for key in ("batch", "budget", "storage", "in_place", "ragged") if key in row
         )
-        others = ", ".join(f"{name} {path['median_us']}" for name, path in row["torch"].items())
-        print(f"{row['kernel']:<16} {where}: {row['median_us']} us, {row['share']:.0%} of copy; {others}; "
+        paths = ", ".join(f"{name} {path['median_us']}" for name, path in row["torch"].items())
+        print(f"{row['kernel']:<16} {where}: {row['median_us']} us, {row['share']:.0%} of copy; {paths}; "
               f"error {row['error']:.1e}{'' if row['right'] else ' WRONG'}")  # fmt: skip
     print(json.dumps(report["verdicts"]), f"{report['seconds']} s")
 
