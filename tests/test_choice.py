@@ -190,8 +190,8 @@ def kernels(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield importlib.import_module("kernels")
-    for name in ("kernels", "common"):
+    yield importlib.import_module("kernel_speed")
+    for name in ("kernel_speed", "common"):
         sys.modules.pop(name, None)
 
 

@@ -80,7 +80,7 @@ def _keys(
     tl.store(work_ptr + row * padded + unit, tl.where(unit < s, key, -0x7FFFFFFF))
     if NEW:
         nothing = tl.sum(tl.where(unit >= held, score * 0.0, 0.0))  # NaN for what is not finite
-        at = tl.num_programs(0) * padded + (2 * row + 1) * parts + part
+        at = tl.num_programs(0).to(tl.int64) * padded + (2 * row + 1) * parts + part
         tl.store(work_ptr + at, nothing.to(tl.int32, bitcast=True))
 
 
@@ -113,7 +113,7 @@ def _threshold(
 
     BLOCKS: all that there are, their keys lie in registers; 0: keys are read again each time. PARTS: at least parts.
     """
-    row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     keys_ptr = work_ptr + row * padded
     counts_ptr = work_ptr + rows * padded + 2 * row * parts
     lane = tl.arange(0, BLOCK)
@@ -167,7 +167,7 @@ def _write(
     work_ptr, keep_ptr, dropped_ptr, s, budget, padded, DROP: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr
 ):
     """The indices of the units that stay and, if DROP, of those that go."""
-    row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     part, parts = tl.program_id(1), tl.num_programs(1)
     unit = part * PART + tl.arange(0, PART)
     key = tl.load(work_ptr + row * padded + unit)
