@@ -11,6 +11,7 @@ from triton_programs import compile_only, interpret
 from locret import prefill
 from locret.backbone import Backbone, Rope
 from locret.cache import LayerCache
+from locret.graph import StepGraph
 from locret.kernels.compact import Column, others, reference_compact
 from locret.kernels.decode_attention import Angles
 from locret.kernels.fill import fill
@@ -160,7 +161,7 @@ def backbone():
 def filled(monkeypatch):
     """Readers fill slots on the CPU too, by the torch paths; how often they did."""
     monkeypatch.setattr(prefill, "use_triton", lambda kernel, x: True)
-    monkeypatch.setattr(Rope, "in_kernel", lambda rope, layer, x: rope.angles(layer) is not None)
+    monkeypatch.setattr(Rope, "kernel_angles", lambda rope, layer, x: rope.angles(layer))
     counted, run = [], LayerCache.fill
     monkeypatch.setattr(LayerCache, "fill", lambda held, choice: (counted.append(held), run(held, choice))[1])
     return counted
@@ -230,8 +231,8 @@ def test_whoever_looks_in_between_sees_units_in_order(backbone, filled, monkeypa
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("steps", [0, 1])
-def test_a_prompt_that_was_given_up_can_be_gone_on_from(backbone, steps, filled, monkeypatch):
+@pytest.mark.parametrize(("steps", "graph"), [(0, False), (1, False), (2, True)])
+def test_a_prompt_that_was_given_up_can_be_gone_on_from(backbone, steps, graph, filled, monkeypatch):
     text, ends = tokens(230), []
     for fills in (True, False):
         if not fills:
@@ -241,6 +242,8 @@ def test_a_prompt_that_was_given_up_can_be_gone_on_from(backbone, steps, filled,
             if done == 96:
                 break
         assert (reader.cache.layers[0].slots is not None) == fills
+        if graph:
+            reader._graph = StepGraph.of(reader, capture=False)
         found = [reader.step(text[:, 96]) for _ in range(steps)]
         ends.append((reader, *found, reader.follow(text[:, 97:120]), reader.follow(text[:, 120:121])))
     (reader, *got), (twin, *want) = ends

@@ -513,7 +513,7 @@ def plain():
 def interpreted():
     for operator in operators:
         operator.use_triton = lambda kernel, x: True
-    Rope.in_kernel = lambda self, layer, x: True
+    Rope.kernel_angles = lambda self, layer, x: self.angles(layer)
 filled, fill = [], LayerCache.fill
 LayerCache.fill = lambda held, choice: (filled.append(held), fill(held, choice))
 from test_graph import *

@@ -128,17 +128,16 @@ class Rope:
 
         slots: int32, [B, H, T]: where the first token lies, the second, ...; default: one behind the other.
         """
-        if self.in_kernel(layer, x):
-            angles = self.angles(layer)
-            assert angles is not None
+        angles = self.kernel_angles(layer, x)
+        if angles is not None:
             return rotate(x, angles, first, torch.empty_like(x) if out is None else out, slots)
         at = torch.arange(first, first + x.shape[2], device=x.device)
         return self.rotate(layer, x, at if slots is None else by_slot(at[None, None], slots), out)
 
-    def in_kernel(self, layer: int, x: Tensor) -> bool:
-        """Whether `run` takes one kernel; on a CPU the family's function is as fast."""
+    def kernel_angles(self, layer: int, x: Tensor) -> Angles | None:
+        """The tables by which `run` turns x in one kernel, or None: on a CPU the family's function is as fast."""
         angles = self.angles(layer) if x.is_cuda else None
-        return angles is not None and angles.cos.device == x.device
+        return angles if angles is not None and angles.cos.device == x.device else None
 
     def rotate(self, layer: int, x: Tensor, positions: Tensor, out: Tensor | None = None) -> Tensor:
         """RoPE by the family's own function. x [B, H, T, D]; positions [T], [B, T] or [B, H, T], int64."""

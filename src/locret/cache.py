@@ -467,15 +467,16 @@ class LayerCache:
         """Put K and V in position order, too. settled: `fill` will not come again; so far `slots` remains."""
         if self.slots is None:
             return
+        slots = self.slots.long()
         for name, column in self.slab[slice(0, self.held)].tensors().items():
             if is_number(name):
-                column.copy_(_take(column, self.slots.long()))
+                column.copy_(_take(column, slots))
         self.slots = None if settled else self.slots.copy_(self._in_order())
 
     def _in_order(self) -> Tensor:
-        rows = self.slab.tensors()["score"].shape[:2]
-        own = torch.arange(self.held, dtype=torch.int32, device=self.slab.tensors()["score"].device)
-        return own.expand(*rows, self.held).contiguous()
+        score = self.slab.tensors()["score"]
+        own = torch.arange(self.held, dtype=torch.int32, device=score.device)
+        return own.expand(*score.shape[:2], self.held).contiguous()
 
     def keep_last(self, count: int) -> None:
         """Of the appended units only the last `count` stay."""

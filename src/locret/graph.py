@@ -109,6 +109,7 @@ class StepGraph:
 
     def _refresh(self) -> None:
         """Counters and addresses from the cache; a new capture if the last one was made for others."""
+        self._cache.order()  # a prompt that was given up leaves units as they were
         layers, found = self._cache.layers, _slabs(self._cache)
         slabs: Sequence[Slab] = found
         tables = torch.zeros(self._step.tables.shape, dtype=torch.int64)

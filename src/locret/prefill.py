@@ -277,7 +277,6 @@ class Reader:
         When the budget is full, one eviction makes room for `decode_interval` steps; the newest units are pinned. On a
         GPU steps are replayed from a graph: call `settle` before reading the cache.
         """
-        self.cache.order()  # a prompt that was given up leaves them as they were
         graph = self._step_graph()
         if graph is not None and graph.room():
             last = graph.step(tokens)
@@ -502,11 +501,9 @@ class ChunkPass:
 
     def _fills(self, held: LayerCache, view: ChunkView) -> bool:
         """Whether new units may take the slots of those that go: as many stay as are held, and kernels find them."""
-        fast = use_triton("compact", view.k) and use_triton("rotate", view.k)
-        return (
-            self.unordered and fast and held.held == self._target(view.layer) and self.plan.positions == "compact"
-            and self.reader.rope.in_kernel(view.layer, view.k)
-        )  # fmt: skip
+        same = self.unordered and self.plan.positions == "compact" and held.held == self._target(view.layer)
+        fast = same and use_triton("compact", view.k) and use_triton("rotate", view.k)
+        return fast and self.reader.rope.kernel_angles(view.layer, view.k) is not None
 
     def _choose(self, view: ChunkView, old: Candidates, new: Candidates, *, drops: bool = False) -> Choice:
         """Which units stay, of old and new ones, and if `drops` which go."""

@@ -56,8 +56,7 @@ def fill_triton(columns: list[Column], slots: Tensor, keep: Tensor, dropped: Ten
     taken = torch.empty(batch, heads, count, dtype=slots.dtype, device=slots.device)
     news, outs, strides, widths = [], [], [], []
     for column in columns:
-        if column.new is None or not column.out.numel():
-            continue
+        assert column.new is not None, "there are new units"
         new, out = flat(column.new), flat(column.out)
         assert out.data_ptr() == column.out.data_ptr(), "a unit's numbers lie together in the slab"
         news.append(new)
